@@ -1,0 +1,65 @@
+# Everything here needs a Rust toolchain, Python 3 and make; the tests and the demo also need nats-server, which
+# scripts/nats-server.py finds or fetches. `make verify` is what CI runs.
+
+CARGO ?= cargo
+PYTHON ?= python3
+# Extra flags for `make demo`, for example ARGS=--json.
+ARGS ?=
+
+# One target directory for every command, wherever a user's own Cargo configuration would put it.
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+export CARGO_TARGET_DIR
+
+THALWEG = $(CARGO_TARGET_DIR)/release/thalweg
+# The server the tests are written against. The demo and the benchmarks take any that is recent enough.
+TEST_NATS_VERSION = 2.15.1
+CARGO_DENY_VERSION = 0.20.2
+
+# Recipe lines that need a server start with one of these; THALWEG_NATS_SERVER, where set, names it.
+WITH_NATS = server=$$($(PYTHON) scripts/nats-server.py) && THALWEG_NATS_SERVER="$$server"
+WITH_TEST_NATS = server=$$($(PYTHON) scripts/nats-server.py --version $(TEST_NATS_VERSION)) && THALWEG_NATS_SERVER="$$server"
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+.PHONY: release
+release: ## build the thalweg binary, optimised
+	$(CARGO) build --release --package thalweg
+
+.PHONY: demo
+demo: release ## train a model on handwritten digits through a local cluster (ARGS=... for more flags)
+	@$(WITH_NATS) "$(THALWEG)" demo $(ARGS)
+
+# The whole-system tests start the thalweg binary, which `cargo test` by itself does not build for another package.
+.PHONY: test
+test: ## run all tests, with fail points, against nats-server 2.15.1
+	$(CARGO) build --workspace --bins --features thalweg/failpoints
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then set -- nextest run; else set -- test --tests; fi; \
+	echo "$(CARGO) $$* --workspace --features thalweg/failpoints"; \
+	$(WITH_TEST_NATS) $(CARGO) "$$@" --workspace --features thalweg/failpoints
+	$(CARGO) test --doc --workspace --features thalweg/failpoints
+
+.PHONY: verify
+verify: cargo-deny ## everything CI checks: lock file, format, lints, tests, docs, dependencies
+	$(CARGO) metadata --locked --format-version 1 >/dev/null
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(MAKE) test
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+	$(CARGO) deny check bans licenses sources
+
+# Asked first, so that a missing tool does not show at the end of a long run.
+.PHONY: cargo-deny
+cargo-deny:
+	@$(CARGO) deny --version >/dev/null 2>&1 || { \
+	echo "cargo-deny is missing: cargo install cargo-deny --locked --version $(CARGO_DENY_VERSION)" >&2; exit 1; }
+
+.PHONY: bench
+bench: release ## measure all-reduce against raw NATS, and the store
+	@$(WITH_NATS) "$(THALWEG)" bench allreduce --workers 4 --mib 64 --rounds 20 --vs raw --json
+	@$(WITH_NATS) "$(THALWEG)" bench store --json
+
+.PHONY: clean
+clean: ## remove what was built (the fetched nats-server in .tools stays)
+	$(CARGO) clean

@@ -1,0 +1,179 @@
+//! The invokers as the controller knows them.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use thalweg_protocol::{InvokerBeat, InvokerState, Placement};
+
+use crate::{Candidate, Millis};
+
+/// Ids of ended invokers that are remembered, so that a late beat does not bring one back to life.
+const REMEMBERED: usize = 1024;
+/// Age up to which what a beat says about load is used.
+const BEAT_FRESH_MS: Millis = 2000;
+
+/// Where an invoker is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Started here, not yet heard.
+    Starting,
+    /// Has partitions, or gets some.
+    Serving,
+    /// Started by somebody else, ready, not needed now.
+    Spare,
+    /// Started here, no longer needed: its partitions move away, then it is stopped.
+    Retiring,
+    /// Told to stop.
+    Stopping,
+    /// Is leaving by itself, or was told to by somebody else.
+    Leaving,
+}
+
+/// One invoker.
+#[derive(Debug)]
+pub(crate) struct Invoker {
+    /// Started by this autoscaler's actuator.
+    pub(crate) own: bool,
+    pub(crate) phase: Phase,
+    /// When it entered its phase.
+    pub(crate) since: Millis,
+    /// When it was first known.
+    pub(crate) known: Millis,
+    /// When it was last heard; when it was first known, if never.
+    pub(crate) heard: Millis,
+    pub(crate) beat: Option<InvokerBeat>,
+}
+
+impl Invoker {
+    pub(crate) fn new(own: bool, phase: Phase, now: Millis) -> Self {
+        Self { own, phase, since: now, known: now, heard: now, beat: None }
+    }
+
+    pub(crate) fn enter(&mut self, phase: Phase, now: Millis) {
+        if self.phase != phase {
+            (self.phase, self.since) = (phase, now);
+        }
+    }
+
+    /// Whether it counts towards the target.
+    pub(crate) fn counts(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Serving)
+    }
+
+    fn fresh_beat(&self, now: Millis) -> Option<&InvokerBeat> {
+        self.beat.as_ref().filter(|_| self.heard + BEAT_FRESH_MS >= now)
+    }
+}
+
+/// Load of all invokers together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Load {
+    pub(crate) busy: f64,
+    pub(crate) waiting_for_round: f64,
+    /// Mean over those that have measured one.
+    pub(crate) service_bytes_per_s: Option<f64>,
+}
+
+/// All invokers by id.
+#[derive(Debug, Default)]
+pub(crate) struct Fleet {
+    pub(crate) members: BTreeMap<String, Invoker>,
+    ended: VecDeque<String>,
+}
+
+impl Fleet {
+    /// Takes a beat in. Returns whether something follows from it before the next tick.
+    pub(crate) fn beat(&mut self, beat: InvokerBeat, now: Millis) -> bool {
+        if self.has_ended(&beat.invoker) {
+            return false;
+        }
+        let id = beat.invoker.clone();
+        let newcomer = !self.members.contains_key(&id);
+        let invoker = self.members.entry(id).or_insert_with(|| Invoker::new(false, Phase::Leaving, now));
+        let before = invoker.phase;
+        let had_partitions = invoker.beat.as_ref().is_none_or(|beat| !beat.partitions.is_empty());
+        let emptied = had_partitions && beat.partitions.is_empty();
+        invoker.heard = now;
+        match (invoker.phase, beat.state) {
+            // What was decided stays decided.
+            (Phase::Stopping, _) => {}
+            (_, InvokerState::Draining) => invoker.enter(Phase::Leaving, now),
+            (Phase::Starting, InvokerState::Ready) => invoker.enter(Phase::Serving, now),
+            // Unknown so far, or another process with an id used before.
+            (Phase::Leaving, InvokerState::Ready) if !invoker.own => invoker.enter(Phase::Spare, now),
+            _ => {}
+        }
+        let changed = invoker.phase != before || newcomer;
+        invoker.beat = Some(beat);
+        changed || (invoker.phase == Phase::Retiring && emptied)
+    }
+
+    /// Forgets an invoker for good.
+    pub(crate) fn end(&mut self, id: &str) -> Option<Invoker> {
+        if self.ended.len() == REMEMBERED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(id.to_owned());
+        self.members.remove(id)
+    }
+
+    /// Whether it is known to have ended.
+    pub(crate) fn has_ended(&self, id: &str) -> bool {
+        self.ended.iter().any(|ended| ended == id)
+    }
+
+    pub(crate) fn count(&self, wanted: impl Fn(&Invoker) -> bool) -> usize {
+        self.members.values().filter(|invoker| wanted(invoker)).count()
+    }
+
+    pub(crate) fn in_phase(&self, phases: &[Phase]) -> usize {
+        self.count(|invoker| phases.contains(&invoker.phase))
+    }
+
+    pub(crate) fn load(&self, now: Millis) -> Load {
+        let mut load = Load { busy: 0.0, waiting_for_round: 0.0, service_bytes_per_s: None };
+        let (mut rates, mut measured) = (0.0, 0.0);
+        for beat in self.members.values().filter_map(|invoker| invoker.fresh_beat(now)) {
+            // `max` and `min` also turn what is not a number into a number.
+            let busy = beat.busy.max(0.0).min(1.0);
+            load.busy += busy;
+            load.waiting_for_round += beat.held_messages as f64 * (1.0 - busy);
+            if beat.service_bytes_per_s.is_finite() && beat.service_bytes_per_s > 0.0 {
+                rates += beat.service_bytes_per_s;
+                measured += 1.0;
+            }
+        }
+        if measured > 0.0 {
+            load.service_bytes_per_s = Some(rates / measured);
+        }
+        load
+    }
+
+    pub(crate) fn candidates(&self) -> Vec<Candidate> {
+        let candidate = |(id, invoker): (&String, &Invoker)| Candidate {
+            id: id.clone(),
+            placeable: invoker.phase == Phase::Serving,
+            held: invoker.beat.as_ref().map(|beat| beat.partitions.clone()).unwrap_or_default(),
+        };
+        self.members.iter().map(candidate).collect()
+    }
+
+    /// Those to retire first come first: what was started here (stopping it frees something), what serves
+    /// least, what is youngest.
+    pub(crate) fn retirement_order(&self, placement: &Placement) -> Vec<String> {
+        let mut order: Vec<_> = (self.members.iter())
+            .filter(|(_, invoker)| invoker.counts())
+            .map(|(id, invoker)| {
+                let youngest = std::cmp::Reverse(invoker.known);
+                ((!invoker.own, placed_on(placement, id), youngest), id.clone())
+            })
+            .collect();
+        order.sort();
+        order.into_iter().map(|(_, id)| id).collect()
+    }
+}
+
+/// How many partitions a placement gives an invoker.
+pub(crate) fn placed_on(placement: &Placement, id: &str) -> usize {
+    let holders = placement.partitions.iter().map(|placed| placed.holder.as_deref());
+    holders.filter(|holder| *holder == Some(id)).count()
+}

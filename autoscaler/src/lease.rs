@@ -1,0 +1,70 @@
+//! Holding the role beside the loop, so that a slow observation does not cost the lease.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use thalweg_broker::{LeaseConfig, LeaseKeeper, Registry};
+use thalweg_protocol::Incarnation;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+const ROLE: &str = "autoscaler";
+
+/// The lease as the loop sees it.
+#[derive(Debug)]
+pub(crate) struct Leadership {
+    held_until: watch::Receiver<Option<Instant>>,
+}
+
+impl Leadership {
+    /// The lease, and the task that keeps it; the task ends and gives the lease up when `stop` fires.
+    pub(crate) fn keep(
+        config: LeaseConfig,
+        registry: Registry,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (sender, held_until) = watch::channel(None);
+        let keeper = LeaseKeeper::new(ROLE, Incarnation::random(), config);
+        // As long as the keeper itself takes the role for held.
+        let validity = Duration::from_millis(config.term_ms) / 2;
+        (Self { held_until }, keep(keeper, validity, registry, sender, stop))
+    }
+
+    /// Whether the role is ours now.
+    pub(crate) fn holds(&self) -> bool {
+        self.held_until.borrow().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Waits for news; `false` when there will be none, because its task has ended.
+    pub(crate) async fn changed(&mut self) -> bool {
+        self.held_until.changed().await.is_ok()
+    }
+}
+
+async fn keep(
+    mut keeper: LeaseKeeper,
+    validity: Duration,
+    registry: Registry,
+    held_until: watch::Sender<Option<Instant>>,
+    stop: CancellationToken,
+) {
+    loop {
+        let begun = Instant::now();
+        match keeper.tick(&registry).await {
+            Ok(held) => {
+                held_until.send_replace(held.then_some(begun + validity));
+            }
+            // What is held lapses by itself if this lasts.
+            Err(error) => tracing::debug!(%error, "lease not renewed"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(keeper.interval()) => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    if let Err(error) = keeper.release(&registry).await {
+        tracing::debug!(%error, "lease not released; it lapses by itself");
+    }
+}

@@ -1,0 +1,248 @@
+//! Invokers as child processes.
+
+use std::{collections::BTreeMap, ffi::OsString, process::Stdio, time::Duration};
+
+use async_trait::async_trait;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    process::{Child, Command},
+    time::Instant,
+};
+
+use crate::{Actuator, ActuatorError};
+
+/// Time between looks at children that are being waited for.
+const POLL: Duration = Duration::from_millis(10);
+/// Time a killed child has to disappear.
+const KILL_GRACE: Duration = Duration::from_secs(1);
+
+/// Runs a command for every invoker: SIGTERM stops it, and SIGKILL does when it has not ended within the
+/// drain timeout. Children inherit environment, standard output and standard error; they have a process
+/// group of their own, so that Ctrl-C reaches the autoscaler first, which then stops them in order.
+#[derive(Debug)]
+pub struct ProcessActuator {
+    program: OsString,
+    arguments: Vec<String>,
+    drain_timeout: Duration,
+    kill_on_drop: bool,
+    children: BTreeMap<String, Started>,
+}
+
+#[derive(Debug)]
+struct Started {
+    child: Child,
+    /// Told to stop; killed after that.
+    kill_at: Option<Instant>,
+}
+
+impl ProcessActuator {
+    /// Runs `program` with `arguments`, in which every `{id}` is replaced by the invoker's id. The drain
+    /// timeout should exceed the invokers' own.
+    #[must_use]
+    pub fn new(program: impl Into<OsString>, arguments: Vec<String>, drain_timeout: Duration) -> Self {
+        let program = program.into();
+        Self { program, arguments, drain_timeout, kill_on_drop: true, children: BTreeMap::new() }
+    }
+
+    /// Children are left running when the actuator is dropped, instead of being killed: for autoscalers
+    /// that do not drain on shutdown.
+    #[must_use]
+    pub fn leave_running(mut self) -> Self {
+        self.kill_on_drop = false;
+        self
+    }
+
+    /// The process of an invoker that has not ended yet.
+    #[must_use]
+    pub fn process_id(&self, id: &str) -> Option<u32> {
+        self.children.get(id)?.child.id()
+    }
+}
+
+impl Started {
+    fn terminate(&mut self, id: &str, drain_timeout: Duration) {
+        if self.kill_at.is_some() {
+            return;
+        }
+        self.kill_at = Some(Instant::now() + drain_timeout);
+        // The id stays ours until the child is reaped, which only we do: no other process can be hit.
+        let process = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        if let Some(process) = process
+            && let Err(error) = kill_process(process, Signal::TERM)
+        {
+            tracing::debug!(invoker = id, %error, "invoker had ended already");
+        }
+    }
+
+    fn kill_if_due(&mut self, id: &str) {
+        if self.kill_at.is_some_and(|at| Instant::now() >= at) {
+            tracing::warn!(invoker = id, "invoker did not end in time; killing it");
+            if let Err(error) = self.child.start_kill() {
+                tracing::debug!(invoker = id, %error, "invoker had ended already");
+            }
+            self.kill_at = Some(Instant::now() + KILL_GRACE);
+        }
+    }
+}
+
+#[async_trait]
+impl Actuator for ProcessActuator {
+    async fn start(&mut self, id: &str) -> Result<(), ActuatorError> {
+        let child = Command::new(&self.program)
+            .args(self.arguments.iter().map(|argument| argument.replace("{id}", id)))
+            .stdin(Stdio::null())
+            .process_group(0)
+            .kill_on_drop(self.kill_on_drop)
+            .spawn()
+            .map_err(|source| ActuatorError { id: id.to_owned(), source })?;
+        tracing::info!(invoker = id, process = child.id(), "started invoker");
+        self.children.insert(id.to_owned(), Started { child, kill_at: None });
+        Ok(())
+    }
+
+    async fn stop(&mut self, id: &str) {
+        if let Some(started) = self.children.get_mut(id) {
+            started.terminate(id, self.drain_timeout);
+        }
+    }
+
+    async fn reap(&mut self) -> Vec<String> {
+        let mut ended = Vec::new();
+        for (id, started) in &mut self.children {
+            match started.child.try_wait() {
+                Ok(Some(status)) => {
+                    if started.kill_at.is_none() {
+                        tracing::warn!(invoker = id, %status, "invoker ended by itself");
+                    } else {
+                        tracing::info!(invoker = id, %status, "invoker ended");
+                    }
+                    ended.push(id.clone());
+                }
+                Ok(None) => started.kill_if_due(id),
+                Err(error) => tracing::warn!(invoker = id, %error, "cannot ask for the state of an invoker"),
+            }
+        }
+        for id in &ended {
+            self.children.remove(id);
+        }
+        ended
+    }
+
+    async fn stop_all(&mut self) {
+        for (id, started) in &mut self.children {
+            started.terminate(id, self.drain_timeout);
+        }
+        let deadline = Instant::now() + self.drain_timeout + KILL_GRACE;
+        while !self.children.is_empty() && Instant::now() < deadline {
+            self.reap().await;
+            tokio::time::sleep(POLL).await;
+        }
+        if !self.children.is_empty() {
+            tracing::error!(invokers = self.children.len(), "invokers could not be killed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, drain: Duration) -> ProcessActuator {
+        let arguments = ["-c", script, "{id}"].map(str::to_owned).to_vec();
+        ProcessActuator::new("sh", arguments, drain)
+    }
+
+    async fn reaped(actuator: &mut ProcessActuator) -> String {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let mut ended = actuator.reap().await;
+            if let Some(id) = ended.pop() {
+                assert!(ended.is_empty());
+                return id;
+            }
+            assert!(Instant::now() < deadline, "nothing ended");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    fn exists(process: u32) -> bool {
+        // A zombie still has an entry.
+        std::path::Path::new(&format!("/proc/{process}")).exists()
+    }
+
+    #[tokio::test]
+    async fn a_child_that_ends_by_itself_is_reaped_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("id");
+        let mut actuator = shell(&format!("echo $0 > {}", file.display()), Duration::from_secs(5));
+        actuator.start("auto-1").await.unwrap();
+        let process = actuator.process_id("auto-1").unwrap();
+        assert_eq!(reaped(&mut actuator).await, "auto-1");
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "auto-1\n");
+        assert!(!exists(process));
+        assert!(actuator.reap().await.is_empty());
+        actuator.stop("auto-1").await;
+    }
+
+    #[tokio::test]
+    async fn stopping_is_graceful_and_idempotent() {
+        let mut actuator = ProcessActuator::new("sleep", vec!["600".to_owned()], Duration::from_secs(30));
+        actuator.start("a").await.unwrap();
+        actuator.start("b").await.unwrap();
+        let (first, second) = (actuator.process_id("a").unwrap(), actuator.process_id("b").unwrap());
+        assert!(actuator.reap().await.is_empty());
+        actuator.stop("a").await;
+        actuator.stop("a").await;
+        actuator.stop("nobody").await;
+        assert_eq!(reaped(&mut actuator).await, "a");
+        assert!(!exists(first) && exists(second));
+        actuator.stop_all().await;
+        assert!(!exists(second));
+    }
+
+    #[tokio::test]
+    async fn whoever_does_not_heed_is_killed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("deaf");
+        let script = format!("trap '' TERM; : > {}; while :; do sleep 0.05; done", file.display());
+        let mut actuator = shell(&script, Duration::from_millis(200));
+        actuator.start("deaf").await.unwrap();
+        while !file.exists() {
+            tokio::time::sleep(POLL).await;
+        }
+        let process = actuator.process_id("deaf").unwrap();
+        let begun = Instant::now();
+        actuator.stop("deaf").await;
+        assert_eq!(reaped(&mut actuator).await, "deaf");
+        assert!(begun.elapsed() >= Duration::from_millis(200));
+        assert!(!exists(process));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_missing_is_an_error() {
+        let mut actuator = ProcessActuator::new("/nonexistent/invoker", vec![], Duration::from_secs(1));
+        let error = actuator.start("x").await.unwrap_err();
+        assert!(error.to_string().contains("cannot start invoker x"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn dropping_the_actuator_kills_unless_told_otherwise() {
+        let mut actuator = ProcessActuator::new("sleep", vec!["600".to_owned()], Duration::from_secs(1));
+        actuator.start("a").await.unwrap();
+        let process = actuator.process_id("a").unwrap();
+        drop(actuator);
+        while exists(process) {
+            tokio::time::sleep(POLL).await;
+        }
+
+        let mut actuator =
+            ProcessActuator::new("sleep", vec!["600".to_owned()], Duration::from_secs(1)).leave_running();
+        actuator.start("a").await.unwrap();
+        let process = actuator.process_id("a").unwrap();
+        drop(actuator);
+        tokio::time::sleep(5 * POLL).await;
+        assert!(exists(process));
+        let process = Pid::from_raw(i32::try_from(process).unwrap()).unwrap();
+        kill_process(process, Signal::KILL).unwrap();
+    }
+}

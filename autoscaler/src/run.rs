@@ -1,0 +1,420 @@
+//! The shell around the controller: reads NATS, moves the actuator.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use thalweg_broker::{
+    Backoff, Connection, Registry, RegistryError, Report, Revision, StreamsConfig, ensure_streams,
+    stream_depths,
+};
+use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, Placement, frame, subjects};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Action, Actuator, Config, Controller, DecisionRecord, Millis, Status, lease::Leadership, metrics, moves,
+};
+
+/// Shortest time between observations while there is nothing to do and nobody to do it.
+const ASLEEP: Duration = Duration::from_millis(250);
+/// Time between observations of an autoscaler that only waits for its turn.
+const STANDBY: Duration = Duration::from_millis(500);
+/// The placement is read again this often, in case somebody else wrote it or the registry was lost.
+const REREAD: Duration = Duration::from_secs(5);
+/// Times the placement is written at most before the next observation, when others write it too.
+const PLACE_ATTEMPTS: usize = 4;
+/// Longest time for one word with the registry on the way out.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Why an autoscaler ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AutoscalerError {
+    /// A setting is out of its range.
+    #[error("autoscaler configuration: {0}")]
+    Config(String),
+    /// The connection was closed for good.
+    #[error("the connection to NATS was closed: {0}")]
+    Closed(String),
+}
+
+/// Scales and places until `shutdown`; then hands the partitions of its invokers over and stops them (if
+/// so configured) and gives the lease up.
+///
+/// Of several autoscalers the one with the lease acts, the others watch. `status` shows what this one
+/// knows, after every observation that changes it.
+///
+/// # Errors
+/// [`AutoscalerError`]; failures of NATS are waited out.
+pub async fn run(
+    config: Config,
+    streams: StreamsConfig,
+    connection: Connection,
+    actuator: Box<dyn Actuator>,
+    report: Report,
+    status: watch::Sender<Status>,
+    shutdown: CancellationToken,
+) -> Result<(), AutoscalerError> {
+    config.validate().map_err(AutoscalerError::Config)?;
+    report(Some("waiting for the registry"));
+    let Some(registry) = open_registry(&connection, &shutdown).await else { return Ok(()) };
+    report(Some("waiting for the streams"));
+    let stop_lease = CancellationToken::new();
+    let (leadership, keep) = Leadership::keep(config.lease, registry.clone(), stop_lease.clone());
+    let lease_task = tokio::spawn(keep);
+    let clock = Clock::start();
+    let ids = Box::new(|| format!("auto-{:08x}", rand::random::<u32>()));
+    let controller = Controller::new(config.clone(), streams.partitions, actuator.starts(), ids, clock.now());
+    let mut shell = Shell {
+        config,
+        streams,
+        connection,
+        registry,
+        actuator,
+        controller,
+        clock,
+        leadership,
+        report,
+        status,
+        streams_ensured: false,
+        placement: None,
+        observes: None,
+        placing_fails: false,
+    };
+    let result = shell.serve(&shutdown).await;
+    if shell.config.drain_on_shutdown {
+        shell.leave().await;
+    }
+    stop_lease.cancel();
+    if tokio::time::timeout(FAREWELL, lease_task).await.is_err() {
+        tracing::debug!("lease not released in time; it lapses by itself");
+    }
+    result
+}
+
+async fn open_registry(connection: &Connection, shutdown: &CancellationToken) -> Option<Registry> {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+    let mut said = false;
+    loop {
+        match Registry::open(&connection.jetstream).await {
+            Ok(registry) => return Some(registry),
+            Err(error) if !said => {
+                tracing::info!(%error, "autoscaler waits for the registry: JetStream must be enabled");
+                said = true;
+            }
+            Err(error) => tracing::debug!(%error, "autoscaler waits for the registry"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.delay()) => {}
+            () = shutdown.cancelled() => return None,
+        }
+    }
+}
+
+/// Milliseconds since the Unix epoch that never go back, whatever is done to the system's clock.
+#[derive(Debug)]
+struct Clock {
+    origin: Millis,
+    started: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { origin: millis(since), started: Instant::now() }
+    }
+
+    fn now(&self) -> Millis {
+        self.origin + millis(self.started.elapsed())
+    }
+
+    fn instant(&self, at: Millis) -> Instant {
+        // One more, because both clocks are read rounded down.
+        self.started + Duration::from_millis(at.saturating_sub(self.origin) + 1)
+    }
+}
+
+fn millis(duration: Duration) -> Millis {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What the registry said last about the placement.
+#[derive(Debug)]
+struct Known {
+    revision: Revision,
+    read: Instant,
+}
+
+struct Shell {
+    config: Config,
+    streams: StreamsConfig,
+    connection: Connection,
+    registry: Registry,
+    actuator: Box<dyn Actuator>,
+    controller: Controller,
+    clock: Clock,
+    leadership: Leadership,
+    report: Report,
+    status: watch::Sender<Status>,
+    streams_ensured: bool,
+    /// `None`: it has to be read before it can be written.
+    placement: Option<Known>,
+    /// Failures are logged when they begin and when they end.
+    observes: Option<bool>,
+    placing_fails: bool,
+}
+
+impl Shell {
+    async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), AutoscalerError> {
+        let closed = |reason: &str| AutoscalerError::Closed(reason.to_owned());
+        let mut connects = self.connection.connects();
+        connects.mark_unchanged();
+        let beats = self.connection.client.subscribe(subjects::INVOKER_BEATS).await;
+        let mut beats = beats.map_err(|error| AutoscalerError::Closed(error.to_string()))?;
+        let mut next_cycle = Instant::now();
+        loop {
+            let wake = self.controller.wake_at().map_or(next_cycle, |at| self.clock.instant(at));
+            tokio::select! {
+                // Beats before cycles: whoever has been heard must not be taken for silent.
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                changed = connects.changed() => {
+                    changed.map_err(|_| closed("its client is gone"))?;
+                    self.reconnected();
+                    next_cycle = Instant::now();
+                }
+                message = beats.next() => {
+                    let message = message.ok_or_else(|| closed("no more beats"))?;
+                    if self.beat(&message.payload) && !self.or_shutdown(shutdown, false).await {
+                        return Ok(());
+                    }
+                }
+                news = self.leadership.changed() => {
+                    if !news {
+                        return Err(closed("the lease is no longer kept"));
+                    }
+                    if self.leadership.holds() != self.controller.leads() {
+                        next_cycle = Instant::now();
+                    }
+                }
+                () = tokio::time::sleep_until(wake.min(next_cycle)) => {
+                    let cycle = Instant::now() >= next_cycle;
+                    if !self.or_shutdown(shutdown, cycle).await {
+                        return Ok(());
+                    }
+                    if cycle {
+                        next_cycle = Instant::now() + self.interval();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Observes (or not) and acts; `false` when it was abandoned because of the shutdown. What was left
+    /// unfinished is found out by reading the registry again.
+    async fn or_shutdown(&mut self, shutdown: &CancellationToken, observe: bool) -> bool {
+        let work = async {
+            if observe {
+                self.observe().await;
+            }
+            self.act().await;
+        };
+        tokio::select! {
+            biased;
+            () = work => true,
+            () = shutdown.cancelled() => false,
+        }
+    }
+
+    fn interval(&self) -> Duration {
+        let tick = Duration::from_millis(self.config.tick_ms);
+        if !self.controller.leads() {
+            tick.max(STANDBY)
+        } else if self.controller.is_asleep() {
+            tick.max(ASLEEP)
+        } else {
+            tick
+        }
+    }
+
+    fn reconnected(&mut self) {
+        tracing::info!("connection is back: observing anew");
+        self.controller.interrupted(self.clock.now());
+        self.streams_ensured = false;
+        self.placement = None;
+    }
+
+    fn beat(&mut self, payload: &Bytes) -> bool {
+        match frame::open::<InvokerBeat>(Kind::Beat, payload) {
+            Ok((beat, _)) => self.controller.beat(beat, self.clock.now()),
+            Err(error) => {
+                tracing::warn!(%error, "a heartbeat was not understood");
+                false
+            }
+        }
+    }
+
+    /// Reaps, observes, and finds out whether it is our turn.
+    async fn observe(&mut self) {
+        let ended = self.actuator.reap().await;
+        self.controller.reaped(&ended, self.clock.now());
+        let depths = async {
+            if !self.streams_ensured {
+                self.registry = Registry::open(&self.connection.jetstream).await?;
+                ensure_streams(&self.connection.jetstream, &self.registry, &self.streams).await?;
+                self.streams_ensured = true;
+            }
+            let asked = self.clock.now();
+            let depths = stream_depths(&self.connection.jetstream, self.streams.partitions).await?;
+            Ok::<_, RegistryError>((depths, asked))
+        };
+        match depths.await {
+            Ok((depths, asked)) => {
+                self.controller.observed(&depths, asked);
+                match self.observes.replace(true) {
+                    Some(true) => {}
+                    before => {
+                        tracing::info!(again = before.is_some(), "observing the queues");
+                        (self.report)(None);
+                    }
+                }
+            }
+            Err(error) => {
+                metrics::observation_failed();
+                // A missing stream is made again; that costs little where none is missing.
+                self.streams_ensured = false;
+                if self.observes.replace(false) != Some(false) {
+                    tracing::warn!(%error, "cannot observe the queues; everything stays as it is until then");
+                    (self.report)(Some("the queues cannot be observed"));
+                }
+            }
+        }
+    }
+
+    /// Acts, if it is our turn, and shows the state.
+    async fn act(&mut self) {
+        if !self.leadership.holds() {
+            if self.controller.leads() {
+                tracing::warn!("lost the lease; watching until it is ours again");
+            }
+            self.controller.lapsed();
+            self.placement = None;
+        } else if let Err(error) = self.step().await {
+            self.placement = None;
+            if !std::mem::replace(&mut self.placing_fails, true) {
+                tracing::warn!(%error, "cannot place partitions; everything stays as it is until then");
+            }
+        } else if std::mem::take(&mut self.placing_fails) {
+            tracing::info!("placing again");
+        }
+        let status = self.controller.status();
+        metrics::status(&status);
+        self.status.send_if_modified(|shown| {
+            let changed = *shown != status;
+            *shown = status;
+            changed
+        });
+    }
+
+    async fn step(&mut self) -> Result<(), RegistryError> {
+        for _ in 0..PLACE_ATTEMPTS {
+            let current = self.placement.as_ref().is_some_and(|known| known.read.elapsed() < REREAD);
+            if !current || !self.controller.leads() {
+                self.read_placement().await?;
+            }
+            // Every action is performed, whatever becomes of the others: the controller counts on it.
+            let mut placed = Ok(true);
+            for action in self.controller.step(self.clock.now()) {
+                match action {
+                    Action::Decided(record) => say(&record),
+                    Action::Start(id) => self.start(&id).await,
+                    Action::Place(placement) => placed = self.write_placement(placement).await,
+                    Action::Stop(id) => self.actuator.stop(&id).await,
+                }
+            }
+            if placed? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_placement(&mut self) -> Result<(), RegistryError> {
+        let (placement, revision) = self.registry.get::<Placement>(PLACEMENT_KEY).await?;
+        let (placement, now) = (placement.unwrap_or_default(), self.clock.now());
+        self.placement = Some(Known { revision, read: Instant::now() });
+        if self.controller.leads() {
+            self.controller.placed(placement, now);
+        } else {
+            self.controller.lead(placement, now);
+            tracing::info!(invokers = self.controller.status().invokers, "autoscaler leads");
+        }
+        Ok(())
+    }
+
+    /// `false` on a conflict: somebody else wrote, so it has to be read and decided again.
+    async fn write_placement(&mut self, placement: Placement) -> Result<bool, RegistryError> {
+        // Taken: after an error it is unknown whether the write has happened.
+        let Some(known) = self.placement.take() else { return Ok(false) };
+        let Ok(revision) = self.registry.put(PLACEMENT_KEY, &placement, known.revision).await? else {
+            return Ok(false);
+        };
+        self.placement = Some(Known { revision, ..known });
+        let moved = moves(self.controller.placement(), &placement);
+        metrics::moved(moved);
+        tracing::debug!(moved, revision, "placed");
+        self.controller.placed(placement, self.clock.now());
+        Ok(true)
+    }
+
+    async fn start(&mut self, id: &str) {
+        let started = self.actuator.start(id).await;
+        metrics::started(started.is_ok());
+        if let Err(error) = started {
+            tracing::warn!(%error, "trying again later");
+            self.controller.not_started(id, self.clock.now());
+        }
+    }
+
+    /// Takes the partitions from our invokers, so that they need not wait for somebody to do it, and stops
+    /// them.
+    async fn leave(&mut self) {
+        if self.leadership.holds() {
+            match tokio::time::timeout(FAREWELL, self.hand_over()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "partitions not handed over"),
+                Err(_) => tracing::warn!("partitions not handed over in time"),
+            }
+        }
+        self.actuator.stop_all().await;
+    }
+
+    async fn hand_over(&mut self) -> Result<(), RegistryError> {
+        for _ in 0..PLACE_ATTEMPTS {
+            self.read_placement().await?;
+            let Some(placement) = self.controller.hand_over(self.clock.now()) else { break };
+            if self.write_placement(placement).await? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn say(record: &DecisionRecord) {
+    metrics::decided(record.reason);
+    tracing::info!(
+        reason = record.reason.as_str(),
+        previous = record.previous,
+        target = record.target,
+        depth_messages = record.status.depth_messages,
+        depth_bytes = record.status.depth_bytes,
+        starting = record.status.starting,
+        ready = record.status.ready,
+        draining = record.status.draining,
+        spare = record.status.spare,
+        service_mb_per_s = record.service_bytes_per_s / 1e6,
+        busy = record.busy,
+        "decided on the number of invokers"
+    );
+}

@@ -1,0 +1,151 @@
+//! Connecting, in any start order, and noticing reconnects.
+
+use std::{path::PathBuf, time::Duration};
+
+use async_nats::{Client, ConnectOptions, Event, jetstream};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// How to reach NATS.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NatsConfig {
+    /// Server URL; may carry user and password. Default `nats://127.0.0.1:4222`.
+    pub url: String,
+    /// Credentials file (JWT and nkey seed), if the server asks for one.
+    pub credentials: Option<PathBuf>,
+}
+
+impl Default for NatsConfig {
+    fn default() -> Self {
+        Self { url: "nats://127.0.0.1:4222".to_owned(), credentials: None }
+    }
+}
+
+/// An open connection. Cheap to clone; all clones share one socket.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Core NATS.
+    pub client: Client,
+    /// JetStream on the same connection.
+    pub jetstream: jetstream::Context,
+    connects: watch::Receiver<u64>,
+}
+
+/// Messages a subscription may hold before the client drops some and says so. Everything that
+/// flows in bulk is pulled by credit or bounded by windows, so this only has to absorb bursts.
+const SUBSCRIPTION_CAPACITY: usize = 16 * 1024;
+const JETSTREAM_TIMEOUT: Duration = Duration::from_secs(3);
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+impl Connection {
+    /// Connects, waiting as long as it takes for the server to appear, and says so in the log.
+    ///
+    /// Returns `None` when `shutdown` fires first. Cancel safe.
+    ///
+    /// # Errors
+    /// Only what waiting cannot cure: a URL or credentials file that cannot be read.
+    pub async fn open(
+        name: &str,
+        config: &NatsConfig,
+        shutdown: &CancellationToken,
+    ) -> std::io::Result<Option<Self>> {
+        let (notify, connects) = watch::channel(0_u64);
+        let mut reported = false;
+        loop {
+            let notify = notify.clone();
+            let options = match &config.credentials {
+                Some(path) => {
+                    let text = std::fs::read_to_string(path).map_err(|error| {
+                        std::io::Error::new(
+                            error.kind(),
+                            format!("NATS credentials {}: {error}", path.display()),
+                        )
+                    })?;
+                    ConnectOptions::with_credentials(&text)?
+                }
+                None => ConnectOptions::new(),
+            };
+            let options = options
+                .name(name)
+                .subscription_capacity(SUBSCRIPTION_CAPACITY)
+                .client_capacity(256)
+                .ping_interval(PING_INTERVAL)
+                .read_buffer_capacity(u16::MAX)
+                .reconnect_delay_callback(|attempts| {
+                    // Quick at first: most disconnects are a server restart.
+                    Duration::from_millis((20_u64 << attempts.min(6)).min(1000))
+                })
+                .event_callback(move |event| {
+                    let notify = notify.clone();
+                    async move {
+                        match event {
+                            Event::Connected => notify.send_modify(|count| *count += 1),
+                            Event::Disconnected => tracing::warn!("connection to NATS lost; reconnecting"),
+                            Event::SlowConsumer(sid) => tracing::warn!(sid, "a subscription overflowed"),
+                            Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
+                            other => tracing::debug!(event = %other, "NATS event"),
+                        }
+                    }
+                });
+            let attempt = async_nats::connect_with_options(config.url.as_str(), options);
+            let result = tokio::select! {
+                result = attempt => result,
+                () = shutdown.cancelled() => return Ok(None),
+            };
+            match result {
+                Ok(client) => {
+                    if reported {
+                        tracing::info!(url = redacted(&config.url), "NATS is there");
+                    }
+                    let mut jetstream = jetstream::new(client.clone());
+                    jetstream.set_timeout(JETSTREAM_TIMEOUT);
+                    return Ok(Some(Self { client, jetstream, connects }));
+                }
+                Err(error) if error.kind() == async_nats::ConnectErrorKind::ServerParse => {
+                    return Err(std::io::Error::new(
+                        std::io::ErrorKind::InvalidInput,
+                        format!("NATS URL {:?}: {error}; expected nats://host:port", redacted(&config.url)),
+                    ));
+                }
+                Err(error) => {
+                    if !reported {
+                        tracing::info!(
+                            url = redacted(&config.url), %error,
+                            "waiting for NATS: start nats-server there, or set another URL"
+                        );
+                        reported = true;
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(Duration::from_millis(200)) => {}
+                        () = shutdown.cancelled() => return Ok(None),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Counts connects; changes whenever the connection was lost and is back.
+    #[must_use]
+    pub fn connects(&self) -> watch::Receiver<u64> {
+        self.connects.clone()
+    }
+}
+
+/// The URL without user and password.
+fn redacted(url: &str) -> String {
+    match url.rsplit_once('@') {
+        Some((_, host)) => format!("nats://…@{host}"),
+        None => url.to_owned(),
+    }
+}
+
+/// How a service tells its host whether it is ready: `None`, or what it waits for.
+pub type Report = std::sync::Arc<dyn Fn(Option<&str>) + Send + Sync>;
+
+/// A report that nobody reads.
+#[must_use]
+pub fn no_report() -> Report {
+    std::sync::Arc::new(|_| {})
+}

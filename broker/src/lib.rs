@@ -1,0 +1,18 @@
+//! The NATS side of Thalweg's protocol, shared by services and SDK.
+//!
+//! What is here needs a NATS connection and no knowledge of any component: connecting in any start
+//! order, requests in frames, the partitions' streams, the registry's compare-and-swap, and leases.
+//! It knows no server crate, so the SDK may use it.
+
+mod connect;
+mod lease;
+mod registry;
+mod request;
+pub mod stage;
+mod streams;
+
+pub use connect::{Connection, NatsConfig, Report, no_report};
+pub use lease::{LeaseConfig, LeaseKeeper};
+pub use registry::{Conflict, Registry, RegistryError, Revision};
+pub use request::{Backoff, RequestError, request};
+pub use streams::{PartitionDepth, StreamStorage, StreamsConfig, ensure_streams, stream_depths};

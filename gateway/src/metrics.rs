@@ -1,0 +1,39 @@
+//! Metrics of the gateway.
+
+use metrics::{counter, describe_counter, describe_gauge, gauge};
+use thalweg_protocol::ErrorCode;
+
+const REQUESTS: &str = "thalweg_gateway_requests_total";
+const ERRORS: &str = "thalweg_gateway_errors_total";
+const EXPIRED: &str = "thalweg_gateway_workers_expired_total";
+const JOBS: &str = "thalweg_gateway_jobs";
+const WORKERS: &str = "thalweg_gateway_workers";
+const GRANTED: &str = "thalweg_gateway_window_bytes";
+
+/// Describes the metrics; call once a recorder is installed.
+pub fn describe() {
+    describe_counter!(REQUESTS, "Requests of the SDK, by kind");
+    describe_counter!(ERRORS, "Requests refused, by code");
+    describe_counter!(EXPIRED, "Workers taken off their roster after a lease of silence");
+    describe_gauge!(JOBS, "Jobs in the registry");
+    describe_gauge!(WORKERS, "Workers on rosters");
+    describe_gauge!(GRANTED, "Bytes in flight granted to workers");
+}
+
+pub(crate) fn request(kind: &'static str) {
+    counter!(REQUESTS, "kind" => kind).increment(1);
+}
+
+pub(crate) fn refused(code: ErrorCode) {
+    counter!(ERRORS, "code" => code.as_str()).increment(1);
+}
+
+pub(crate) fn expired() {
+    counter!(EXPIRED).increment(1);
+}
+
+pub(crate) fn totals(jobs: usize, workers: usize, granted: u64) {
+    gauge!(JOBS).set(jobs as f64);
+    gauge!(WORKERS).set(workers as f64);
+    gauge!(GRANTED).set(granted as f64);
+}

@@ -1,0 +1,130 @@
+//! Who counts from which round to which: pure decisions about rosters (rules P3, P4, P11).
+
+use thalweg_protocol::{Claim, ErrorCode, Incarnation, JobRecord, Member, Roster, Round, Version, WireError};
+
+/// Versions of a job's shards at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// The least.
+    pub min: Version,
+    /// The greatest.
+    pub max: Version,
+}
+
+/// What a claim leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// The roster to write; `None` when it holds the claim already.
+    pub roster: Option<Roster>,
+    /// First round that counts the claimant.
+    pub from_round: Round,
+    /// Shards below this version have to be levelled with empty rounds, because nobody is left to
+    /// complete them (rule P11).
+    pub level: Option<Version>,
+}
+
+/// Decides about a claim of a rank.
+///
+/// Before the job has started, claimants are founding members and count from round 1; the last of them
+/// starts it. Later a claimant counts from the first round that no shard can have opened yet.
+///
+/// # Errors
+/// `rank_taken`, `lease_lost`, `limit` or `job_failed`, with what to do.
+pub fn claim(
+    record: &JobRecord,
+    roster: &Roster,
+    claim: &Claim,
+    versions: Versions,
+) -> Result<Claimed, WireError> {
+    let (rank, worker) = (claim.worker.rank, claim.worker.incarnation);
+    if rank >= record.spec.max_members {
+        let text = format!("rank {rank}: the job allows 0 to {} (max_members)", record.spec.max_members - 1);
+        return Err(WireError::new(ErrorCode::Limit, text));
+    }
+    if let Some(tenure) = roster.tenure(worker) {
+        if tenure.rank != rank || tenure.until_round.is_some() {
+            let text =
+                format!("this worker held rank {} and lost it: join again as a new worker", tenure.rank);
+            return Err(WireError::new(ErrorCode::LeaseLost, text));
+        }
+        return Ok(Claimed { roster: None, from_round: tenure.from_round, level: None });
+    }
+    let mut next = roster.clone();
+    next.epoch += 1;
+    prune(&mut next, versions);
+    let holder = next.members.iter().position(|member| member.rank == rank && member.until_round.is_none());
+    if let Some(holder) = holder {
+        if next.members[holder].worker != claim.id {
+            let text = format!(
+                "rank {rank} of job {} is held by worker {:?}, which is alive: use another rank, or wait until its \
+                 lease ends",
+                record.spec.key, next.members[holder].worker
+            );
+            return Err(WireError::new(ErrorCode::RankTaken, text));
+        }
+        // The same worker, started again: its former life is over.
+        end(&mut next, holder, versions);
+    }
+    let mut member =
+        Member { rank, worker: claim.id.clone(), incarnation: worker, from_round: 1, until_round: None };
+    let mut level = None;
+    if next.started {
+        // Contributors of the round that may be open now; without any, nobody would ever complete it.
+        let open = versions.max + 1;
+        let alone = next.of_round(open).next().is_none();
+        member.from_round = if alone { open } else { open + 1 };
+        level = (alone && versions.min < versions.max).then_some(versions.max);
+    }
+    let from_round = member.from_round;
+    next.members.push(member);
+    if !next.started {
+        next.started = next.members.len() as u64 >= u64::from(record.spec.workers);
+    }
+    Ok(Claimed { roster: Some(next), from_round, level })
+}
+
+/// The claimant's first round may have closed without it: counts it from a later one.
+#[must_use]
+pub fn postpone(roster: &Roster, worker: Incarnation, versions: Versions) -> Option<Roster> {
+    let mut next = roster.clone();
+    let others =
+        next.members.iter().any(|member| member.incarnation != worker && member.counts_in(versions.max + 1));
+    let member = next.members.iter_mut().find(|member| member.incarnation == worker)?;
+    member.from_round = if others { versions.max + 2 } else { versions.max + 1 };
+    next.epoch += 1;
+    Some(next)
+}
+
+/// Takes a worker off the roster from the first round that is not complete on all shards; `None` when
+/// it was not on it. The second value asks to level shards, as in [`Claimed`].
+#[must_use]
+pub fn remove(roster: &Roster, worker: Incarnation, versions: Versions) -> Option<(Roster, Option<Version>)> {
+    let index = roster
+        .members
+        .iter()
+        .position(|member| member.incarnation == worker && member.until_round.is_none())?;
+    let mut next = roster.clone();
+    next.epoch += 1;
+    end(&mut next, index, versions);
+    prune(&mut next, versions);
+    let deserted = next.started && next.members.iter().all(|member| member.until_round.is_some());
+    Some((next, (deserted && versions.min < versions.max).then_some(versions.max)))
+}
+
+fn end(roster: &mut Roster, index: usize, versions: Versions) {
+    if roster.started {
+        roster.members[index].until_round = Some(versions.min + 1);
+    } else {
+        roster.members.remove(index);
+    }
+}
+
+/// Forgets tenures that no open round can ask for.
+fn prune(roster: &mut Roster, versions: Versions) {
+    roster.members.retain(|member| {
+        member.until_round.is_none_or(|until| until > member.from_round && until > versions.min + 1)
+    });
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,302 @@
+//! The gateway as a service.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_nats::service::ServiceExt as _;
+use futures::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use thalweg_broker::{
+    Backoff, Connection, LeaseConfig, LeaseKeeper, Registry, Report, StreamsConfig, ensure_streams,
+};
+use thalweg_protocol::{Incarnation, JobKey, Name, subjects};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    http,
+    jobs::Jobs,
+    leases::Leases,
+    metrics,
+    service::{Gateway, describe},
+    windows::Windows,
+};
+
+/// Settings of the gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address of the HTTP interface; port 0 takes a free one. Default 127.0.0.1:8080.
+    pub http_listen: SocketAddr,
+    /// Silence after which a worker loses its rank, milliseconds. Default 10000.
+    pub worker_lease_ms: u64,
+    /// Bytes that all workers together may have in flight. The NATS server must be able to keep this
+    /// and some headroom. Default 1 GiB.
+    pub window_budget_bytes: u64,
+    /// Terms of the lease among several gateways.
+    pub lease: LeaseConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            http_listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            worker_lease_ms: 10_000,
+            window_budget_bytes: 1 << 30,
+            lease: LeaseConfig::default(),
+        }
+    }
+}
+
+/// What stops a gateway.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The HTTP address cannot be used.
+    #[error("HTTP on {0}: {1}; choose another gateway.http_listen")]
+    Listen(SocketAddr, std::io::Error),
+    /// NATS refuses.
+    #[error("NATS: {0}")]
+    Nats(String),
+}
+
+/// Requests worked on at once.
+const MAX_REQUESTS: usize = 256;
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Serves until `shutdown`, then finishes the requests under way.
+///
+/// # Errors
+/// [`GatewayError`]: only what waiting cannot cure.
+pub async fn run(
+    config: Config,
+    streams: StreamsConfig,
+    connection: Connection,
+    report: Report,
+    shutdown: CancellationToken,
+) -> Result<(), GatewayError> {
+    report(Some("waiting for the registry"));
+    let listener = tokio::net::TcpListener::bind(config.http_listen)
+        .await
+        .map_err(|error| GatewayError::Listen(config.http_listen, error))?;
+    let mut connects = connection.connects();
+    connects.mark_unchanged();
+    let Some(registry) = prepare(&connection, &streams, &shutdown).await else { return Ok(()) };
+    let jobs = Jobs {
+        registry: registry.clone(),
+        client: connection.client.clone(),
+        partitions: streams.partitions,
+    };
+    let lease = Duration::from_millis(config.worker_lease_ms.max(100));
+    let windows = Windows::new(config.window_budget_bytes, Instant::now(), Duration::ZERO);
+    let gateway = Arc::new(Gateway::new(jobs, config.worker_lease_ms, Leases::new(lease), windows));
+    let nats = |error: &dyn std::fmt::Display| GatewayError::Nats(error.to_string());
+    let service = connection
+        .client
+        .service_builder()
+        .description("Thalweg gateway: jobs, rosters, windows")
+        .queue_group(subjects::GATEWAY_GROUP)
+        .start("thalweg-gateway", env!("CARGO_PKG_VERSION"))
+        .await
+        .map_err(|error| nats(&error))?;
+    let mut requests = service.endpoint(subjects::API).await.map_err(|error| nats(&error))?;
+    let mut beats = connection.client.subscribe(subjects::WORKER_BEAT).await.map_err(|error| nats(&error))?;
+    let mut hints = connection
+        .client
+        .subscribe(subjects::registry_hint("roster.>"))
+        .await
+        .map_err(|error| nats(&error))?;
+    let address = listener.local_addr().map_err(|error| GatewayError::Listen(config.http_listen, error))?;
+    let web = tokio::spawn(http::serve(listener, gateway.clone(), shutdown.clone()));
+    tracing::info!(%address, "gateway serves");
+    report(None);
+    let mut keeper = LeaseKeeper::new("gateway", Incarnation::random(), config.lease);
+    let mut renew = tokio::time::interval(keeper.interval());
+    let mut sweep = tokio::time::interval(SWEEP);
+    let permits = Arc::new(tokio::sync::Semaphore::new(MAX_REQUESTS));
+    let mut led_before = false;
+    loop {
+        tokio::select! {
+            request = requests.next() => {
+                let Some(request) = request else { break };
+                let gateway = gateway.clone();
+                let Ok(permit) = permits.clone().acquire_owned().await else { break };
+                tokio::spawn(async move {
+                    let reply = gateway.answer(&request.message.payload).await;
+                    let _ = request.respond(Ok(reply)).await;
+                    drop(permit);
+                });
+            }
+            beat = beats.next() => {
+                let Some(beat) = beat else { break };
+                let (gateway, client) = (gateway.clone(), connection.client.clone());
+                tokio::spawn(async move {
+                    let reply = gateway.beat(&beat.payload).await;
+                    if let (Some(reply), Some(to)) = (reply, beat.reply) {
+                        let _ = client.publish(to, reply).await;
+                    }
+                });
+            }
+            hint = hints.next() => {
+                let Some(hint) = hint else { break };
+                let gateway = gateway.clone();
+                tokio::spawn(async move { refresh(&gateway, hint.subject.as_str()).await });
+            }
+            changed = connects.changed() => {
+                if changed.is_err() { break }
+                tracing::info!("connection is back: looking after the streams");
+                gateway.shared().leases.interrupted(Instant::now());
+                let (connection, registry, streams) = (connection.clone(), registry.clone(), streams.clone());
+                let shutdown = shutdown.clone();
+                tokio::spawn(async move { mend_streams(&connection, &registry, &streams, &shutdown).await });
+            }
+            _ = renew.tick() => {
+                let leading = keeper.tick(&registry).await.unwrap_or_else(|error| {
+                    tracing::debug!(%error, "lease not renewed");
+                    keeper.holds(Instant::now())
+                });
+                if leading && !led_before {
+                    let settle = take_the_lead(&gateway, lease).await;
+                    let now = Instant::now();
+                    let mut shared = gateway.shared();
+                    shared.windows = Windows::new(config.window_budget_bytes, now, settle);
+                    shared.leases.interrupted(now);
+                }
+                led_before = leading;
+                gateway.shared().leading = leading;
+            }
+            _ = sweep.tick() => {
+                if gateway.shared().leading {
+                    let gateway = gateway.clone();
+                    let connection = connection.clone();
+                    let partitions = streams.partitions;
+                    tokio::spawn(async move { sweep_workers(&gateway, &connection, partitions).await });
+                }
+            }
+            () = shutdown.cancelled() => break,
+        }
+    }
+    report(Some("draining"));
+    let _ = service.stop().await;
+    let _ = permits.acquire_many(u32::try_from(MAX_REQUESTS).unwrap_or(u32::MAX)).await;
+    let _ = keeper.release(&registry).await;
+    let _ = connection.client.flush().await;
+    web.abort();
+    Ok(())
+}
+
+/// Reads all rosters, and tells how long grants of a former leader may stay unseen: not at all where no
+/// worker is on any roster, else until every worker must have sent a heartbeat.
+async fn take_the_lead(gateway: &Gateway, lease: Duration) -> Duration {
+    let records = match gateway.jobs.list().await {
+        Ok(records) => records,
+        Err(error) => {
+            tracing::info!(%error, "rosters not read yet; they are read as heartbeats come");
+            return lease / 2;
+        }
+    };
+    for record in &records {
+        if let Ok((record, roster)) = gateway.jobs.get(&record.spec.key).await {
+            gateway.shared().remember(&record, &roster);
+        }
+    }
+    if gateway.shared().members().is_empty() { Duration::ZERO } else { lease / 2 }
+}
+
+/// Opens the registry and creates the streams, waiting as long as it takes.
+async fn prepare(
+    connection: &Connection,
+    streams: &StreamsConfig,
+    shutdown: &CancellationToken,
+) -> Option<Registry> {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+    loop {
+        let opened = async {
+            let registry = Registry::open(&connection.jetstream).await?;
+            ensure_streams(&connection.jetstream, &registry, streams).await?;
+            Ok::<_, thalweg_broker::RegistryError>(registry)
+        };
+        match opened.await {
+            Ok(registry) => return Some(registry),
+            Err(error) => tracing::info!(%error, "gateway waits for JetStream"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.delay()) => {}
+            () = shutdown.cancelled() => return None,
+        }
+    }
+}
+
+/// Recreates what a restarted broker has forgotten (rule P16).
+async fn mend_streams(
+    connection: &Connection,
+    registry: &Registry,
+    streams: &StreamsConfig,
+    shutdown: &CancellationToken,
+) {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+    loop {
+        match ensure_streams(&connection.jetstream, registry, streams).await {
+            Ok(_) => return,
+            Err(error) => tracing::info!(%error, "streams are not there yet"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.delay()) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Reads a roster that somebody wrote, so that heartbeats are judged by the newest one.
+async fn refresh(gateway: &Gateway, subject: &str) {
+    let prefix = subjects::registry_hint("roster.");
+    let mut names = subject.strip_prefix(prefix.as_str()).unwrap_or_default().split('.');
+    let (Some(Ok(tenant)), Some(Ok(job))) = (names.next().map(Name::new), names.next().map(Name::new)) else {
+        return;
+    };
+    let key = JobKey { tenant, job };
+    match gateway.jobs.get(&key).await {
+        Ok((record, roster)) => {
+            gateway.shared().remember(&record, &roster);
+        }
+        Err(error) if error.code == thalweg_protocol::ErrorCode::UnknownJob => {
+            gateway.shared().rosters.remove(&key);
+        }
+        Err(error) => tracing::debug!(%error, %key, "roster not read"),
+    }
+}
+
+/// Expires silent workers and frees the windows of those whose messages are gone.
+async fn sweep_workers(gateway: &Gateway, connection: &Connection, partitions: u16) {
+    let (expired, gone) = {
+        let mut shared = gateway.shared();
+        let members = shared.members();
+        let (jobs, workers) = (shared.rosters.len(), members.len());
+        metrics::totals(jobs, workers, shared.windows.granted_bytes());
+        let present: Vec<_> = members.iter().map(|member| member.incarnation).collect();
+        let expired = shared.leases.expired(members, Instant::now());
+        let gone: Vec<_> = shared.windows.gone().filter(|worker| !present.contains(worker)).collect();
+        (expired, gone)
+    };
+    for worker in expired {
+        let (job, rank, incarnation) = describe(&worker);
+        match gateway.jobs.remove(&worker.key, worker.job, worker.incarnation).await {
+            Ok(()) => {
+                tracing::warn!(job, rank, %incarnation, "worker expired after a lease of silence");
+                metrics::expired();
+                gateway.shared().windows.leave(worker.incarnation);
+            }
+            Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
+        }
+    }
+    if !gone.is_empty() {
+        // Once the queues are empty nothing of anybody is left; a busy pool frees windows as it idles.
+        let depths = thalweg_broker::stream_depths(&connection.jetstream, partitions).await;
+        let empty = depths.is_ok_and(|depths| depths.iter().all(|depth| depth.messages == 0));
+        if empty {
+            let mut shared = gateway.shared();
+            gone.into_iter().for_each(|worker| shared.windows.release(worker));
+        }
+    }
+}

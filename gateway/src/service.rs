@@ -1,0 +1,209 @@
+//! Requests of the SDK.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use thalweg_protocol::{
+    ApiReply, ApiRequest, ErrorCode, Incarnation, JobKey, JobRecord, Kind, Roster, WireError, WorkerRef,
+    frame, limits,
+};
+
+use crate::{jobs::Jobs, leases::Leases, metrics, windows::Windows};
+
+/// State of one gateway; everything in it can be lost.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    pub(crate) jobs: Jobs,
+    pub(crate) lease_ms: u64,
+    shared: Mutex<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) leases: Leases<WorkerRef>,
+    pub(crate) windows: Windows,
+    /// Where the gone workers' messages are looked for.
+    pub(crate) leading: bool,
+    /// Jobs with their rosters as last read, for heartbeats.
+    pub(crate) rosters: std::collections::HashMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
+}
+
+impl Gateway {
+    pub(crate) fn new(jobs: Jobs, lease_ms: u64, leases: Leases<WorkerRef>, windows: Windows) -> Self {
+        let shared = Shared { leases, windows, leading: false, rosters: std::collections::HashMap::new() };
+        Self { jobs, lease_ms, shared: Mutex::new(shared) }
+    }
+
+    pub(crate) fn shared(&self) -> MutexGuard<'_, Shared> {
+        // Each use leaves the tables consistent before it can panic.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers one request.
+    pub(crate) async fn answer(&self, frame: &Bytes) -> Bytes {
+        let reply = match frame::open::<ApiRequest>(Kind::ApiRequest, frame) {
+            Ok((request, _)) => self.perform(request).await,
+            Err(error) => Err(error.to_wire()),
+        };
+        let reply = reply.unwrap_or_else(|error| {
+            metrics::refused(error.code);
+            ApiReply::Error(error)
+        });
+        frame::seal(Kind::ApiReply, &reply, &[])
+    }
+
+    async fn perform(&self, request: ApiRequest) -> Result<ApiReply, WireError> {
+        metrics::request(kind(&request));
+        match request {
+            ApiRequest::OpenJob(spec) => {
+                self.jobs.open(spec).await.map(|(job, roster)| self.job(job, roster))
+            }
+            ApiRequest::GetJob(key) => self.jobs.get(&key).await.map(|(job, roster)| self.job(job, roster)),
+            ApiRequest::ListJobs => self.jobs.list().await.map(ApiReply::Jobs),
+            ApiRequest::DeleteJob(key) => {
+                self.jobs.delete(&key).await?;
+                self.shared().rosters.remove(&key);
+                Ok(ApiReply::Done)
+            }
+            ApiRequest::Activate { key, job, upload } => {
+                self.jobs.activate(&key, job, upload).await.map(|()| ApiReply::Done)
+            }
+            ApiRequest::Join(claim) => {
+                if claim.id.is_empty() || claim.id.len() > limits::MAX_WORKER_ID_BYTES {
+                    let text = format!("a worker id has 1 to {} bytes", limits::MAX_WORKER_ID_BYTES);
+                    return Err(WireError::new(ErrorCode::Limit, text));
+                }
+                let (record, roster) = self.jobs.join(&claim).await?;
+                let now = Instant::now();
+                let mut shared = self.shared();
+                shared.leases.hear(claim.worker.clone(), now);
+                let least = least_window(&record);
+                let window_bytes = if shared.leading {
+                    shared.windows.join(claim.worker.incarnation, least, record.spec.workers, now)
+                } else {
+                    least
+                };
+                shared.remember(&record, &roster);
+                drop(shared);
+                Ok(ApiReply::Joined { roster, window_bytes, lease_ms: self.lease_ms })
+            }
+            ApiRequest::Leave(worker) => {
+                self.jobs.remove(&worker.key, worker.job, worker.incarnation).await?;
+                self.shared().windows.leave(worker.incarnation);
+                Ok(ApiReply::Done)
+            }
+            ApiRequest::Beat { .. } => {
+                let text = "heartbeats have a subject of their own";
+                Err(WireError::new(ErrorCode::Malformed, text))
+            }
+        }
+    }
+
+    fn job(&self, record: JobRecord, roster: Roster) -> ApiReply {
+        self.shared().remember(&record, &roster);
+        ApiReply::Job(Box::new(record), roster)
+    }
+
+    /// Takes a heartbeat; the leading gateway answers it.
+    pub(crate) async fn beat(&self, frame: &Bytes) -> Option<Bytes> {
+        let opened = frame::open::<ApiRequest>(Kind::ApiRequest, frame);
+        let (worker, window_bytes, active) = match opened {
+            Ok((ApiRequest::Beat { worker, window_bytes, active }, _)) => (worker, window_bytes, active),
+            Ok(_) => return None,
+            Err(error) => {
+                metrics::refused(error.to_wire().code);
+                return Some(frame::seal(Kind::ApiReply, &ApiReply::Error(error.to_wire()), &[]));
+            }
+        };
+        let known = self.shared().rosters.get(&worker.key).cloned();
+        let fits = |job: &JobRecord, roster: &Roster| {
+            job.incarnation == worker.job && roster.tenure(worker.incarnation).is_some()
+        };
+        let known = match known {
+            Some((job, roster)) if fits(&job, &roster) => Ok((job, roster)),
+            // A roster that we have not read yet, or one that has lost this worker.
+            _ => match self.jobs.get(&worker.key).await {
+                Ok((record, roster)) => Ok(self.shared().remember(&record, &roster)),
+                Err(error) => Err(error),
+            },
+        };
+        let now = Instant::now();
+        let mut shared = self.shared();
+        let reply = match known {
+            Ok((record, roster)) => {
+                let tenure = roster.tenure(worker.incarnation).filter(|member| member.until_round.is_none());
+                if record.incarnation == worker.job && tenure.is_some() {
+                    shared.leases.hear(worker.clone(), now);
+                    let least = least_window(&record);
+                    if !shared.leading {
+                        return None;
+                    }
+                    let granted = shared.windows.beat(worker.incarnation, window_bytes, least, active, now);
+                    ApiReply::Beat { window_bytes: granted, roster_epoch: roster.epoch }
+                } else {
+                    ApiReply::Error(lost(&worker))
+                }
+            }
+            Err(error) if error.is_retryable() => return None,
+            Err(error) => ApiReply::Error(error),
+        };
+        shared.leading.then(|| frame::seal(Kind::ApiReply, &reply, &[]))
+    }
+}
+
+impl Shared {
+    pub(crate) fn remember(&mut self, record: &JobRecord, roster: &Roster) -> (Arc<JobRecord>, Arc<Roster>) {
+        let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
+        self.rosters.insert(record.spec.key.clone(), view.clone());
+        view
+    }
+
+    /// Live members of all known rosters.
+    pub(crate) fn members(&self) -> Vec<WorkerRef> {
+        self.rosters
+            .iter()
+            .flat_map(|(key, (record, roster))| {
+                roster.members.iter().filter(|member| member.until_round.is_none()).map(|member| WorkerRef {
+                    key: key.clone(),
+                    job: record.incarnation,
+                    rank: member.rank,
+                    incarnation: member.incarnation,
+                })
+            })
+            .collect()
+    }
+}
+
+fn lost(worker: &WorkerRef) -> WireError {
+    let text = format!(
+        "rank {} of job {} no longer belongs to this worker: its lease ended, or it was started again elsewhere",
+        worker.rank, worker.key
+    );
+    WireError::new(ErrorCode::LeaseLost, text)
+}
+
+/// Bytes that every worker may have in flight whatever happens: one shard's message.
+fn least_window(record: &JobRecord) -> u64 {
+    (record.layout.len(0) * 4 + limits::MESSAGE_OVERHEAD_BYTES) as u64
+}
+
+fn kind(request: &ApiRequest) -> &'static str {
+    match request {
+        ApiRequest::OpenJob(_) => "open_job",
+        ApiRequest::GetJob(_) => "get_job",
+        ApiRequest::ListJobs => "list_jobs",
+        ApiRequest::DeleteJob(_) => "delete_job",
+        ApiRequest::Activate { .. } => "activate",
+        ApiRequest::Join(_) => "join",
+        ApiRequest::Leave(_) => "leave",
+        ApiRequest::Beat { .. } => "beat",
+    }
+}
+
+/// Id of a worker in logs.
+pub(crate) fn describe(worker: &WorkerRef) -> (String, u32, Incarnation) {
+    (worker.key.to_string(), worker.rank, worker.incarnation)
+}

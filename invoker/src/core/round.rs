@@ -1,0 +1,462 @@
+//! Closing a round: who is in it, folding, committing, publishing, acknowledging.
+
+use bytes::Bytes;
+use thalweg_protocol::{
+    Commit, CommitOutcome, ErrorCode, Head, Ledger, RankSet, ResultHeader, Round, StateId, WireError,
+};
+use thalweg_store::StoreError;
+
+use super::{
+    Action, Core, FoldError, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone,
+    shard::{Gathering, Payload, Shard},
+};
+use crate::{Job, metrics};
+
+/// A round between its close and its acknowledgement.
+#[derive(Debug)]
+pub(super) struct Invocation {
+    pub(super) plan: Plan,
+    pub(super) ledger: Ledger,
+    /// The folded state, while a commit may have to be repeated.
+    pub(super) state: Option<Bytes>,
+    /// Everything of the round: to be acknowledged once it is committed.
+    pub(super) sequences: Vec<u64>,
+}
+
+/// What the gathered contributions of a round amount to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Close { below_quorum: bool },
+    WaitUntil(Millis),
+    Wait,
+}
+
+/// Decides whether a round closes (rule P6).
+pub(super) fn verdict(job: &Job, round: Round, gathering: &Gathering, now: Millis) -> Verdict {
+    if !job.roster.started {
+        return Verdict::Wait;
+    }
+    let (mut members, mut present) = (0_usize, 0_usize);
+    let mut counted = 0_u32;
+    for member in job.roster.of_round(round) {
+        members += 1;
+        if let Some(entry) =
+            gathering.entries.get(&member.rank).filter(|entry| entry.worker == member.incarnation)
+        {
+            present += 1;
+            counted += u32::from(!entry.is_void());
+        }
+    }
+    let quorum = job.record.spec.quorum;
+    if members > 0 && present == members {
+        return Verdict::Close { below_quorum: quorum.is_some_and(|quorum| counted < quorum) };
+    }
+    let Some(quorum) = quorum else { return Verdict::Wait };
+    if counted < quorum || present == 0 {
+        return Verdict::Wait;
+    }
+    let due = gathering.first.unwrap_or(now).saturating_add(job.record.spec.deadline_ms);
+    if now >= due { Verdict::Close { below_quorum: false } } else { Verdict::WaitUntil(due) }
+}
+
+impl Core {
+    /// Looks at a shard again after anything about it has changed.
+    pub(super) fn evaluate(&mut self, key: ShardKey) {
+        let Some(shard) = self.shards.get(&key) else { return };
+        let Some(job) = self.job_of(key, &shard.key.clone()) else { return };
+        let Some((head, ledger, asked)) = shard.head.clone() else {
+            if !shard.rounds.is_empty() {
+                self.read_head(key);
+            }
+            return;
+        };
+        self.settle_past(key, &job, head.version, &ledger);
+        if self.doubts(key, &job, &head, asked) {
+            return;
+        }
+        let round = head.version + 1;
+        self.drop_departed(key, &job, round);
+        let Some(shard) = self.shards.get_mut(&key) else { return };
+        if shard.invoking.is_none()
+            && let Some(gathering) = shard.rounds.get(&round)
+        {
+            match verdict(&job, round, gathering, self.now) {
+                Verdict::Close { .. } => {
+                    self.ready.insert(key);
+                }
+                Verdict::WaitUntil(due) if shard.deadline_armed != Some(round) => {
+                    shard.deadline_armed = Some(round);
+                    let delay = due.saturating_sub(self.now);
+                    self.later(delay, Timer::Evaluate(key));
+                }
+                Verdict::WaitUntil(_) | Verdict::Wait => {}
+            }
+        }
+        if self.shards.len() > self.limits.idle_shards && self.shards.get(&key).is_some_and(Shard::is_idle) {
+            self.shards.remove(&key);
+        }
+    }
+
+    pub(super) fn read_head(&mut self, key: ShardKey) {
+        let clock = self.clock;
+        if let Some(shard) = self.shards.get_mut(&key)
+            && !shard.reading
+        {
+            shard.reading = true;
+            shard.reading_since = clock;
+            self.actions.push(Action::ReadHead(key));
+        }
+    }
+
+    pub(super) fn head_read(&mut self, key: ShardKey, result: Result<(Head, Ledger), StoreError>) {
+        let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.reading) else { return };
+        match result {
+            Ok((head, ledger)) => {
+                shard.reading = false;
+                shard.head = Some((head, ledger, shard.reading_since));
+                self.evaluate(key);
+            }
+            Err(error) if error.is_retryable() => {
+                tracing::debug!(%error, "head not read; trying again");
+                self.later(RETRY_MS, Timer::ReadHead(key));
+            }
+            Err(error) => {
+                shard.reading = false;
+                self.store_refused(key, &error);
+            }
+        }
+    }
+
+    /// The store says that it cannot hold this job's rounds.
+    fn store_refused(&mut self, key: ShardKey, error: &StoreError) {
+        let Some(name) = self.shards.get(&key).map(|shard| shard.key.clone()) else { return };
+        if error.code() == ErrorCode::Gone {
+            self.drop_job(&name, key.0, &gone(&name));
+            self.look_up(name);
+        } else if let Some(job) = self.job_of(key, &name) {
+            self.fail_job(&job, error.to_wire());
+        }
+    }
+
+    /// Contributions of rounds that are over: duplicates and late ones (rule P9).
+    fn settle_past(&mut self, key: ShardKey, job: &Job, version: u64, ledger: &Ledger) {
+        let Some(shard) = self.shards.get_mut(&key) else { return };
+        let invoking = shard.invoking;
+        let mut again = false;
+        while let Some(first) = shard.rounds.first_entry() {
+            let round = *first.key();
+            if round > version || invoking.is_some() {
+                break;
+            }
+            for entry in first.remove().entries.into_values() {
+                self.held_bytes -= entry.held_bytes();
+                let duplicate = round < version || ledger.contains(entry.rank);
+                metrics::leftover(if duplicate { "duplicate" } else { "late" });
+                again |= round == version;
+                self.actions.push(Action::Acknowledge(shard.partition, entry.sequence));
+            }
+        }
+        // Somebody sent it again because the result did not arrive. Once per version is enough: whoever
+        // misses that one asks the store.
+        if again && shard.republished != Some(version) {
+            shard.republished = Some(version);
+            self.actions.push(Action::Republish(job.record.spec.key.clone(), key));
+        }
+    }
+
+    /// Checks that contributions build on what the store has (rule P27); `true` when that cannot be
+    /// said yet, or is not so.
+    fn doubts(&mut self, key: ShardKey, job: &Job, head: &Head, asked: u64) -> bool {
+        let Some(shard) = self.shards.get(&key) else { return true };
+        let doubtful = |round: Round, base: StateId| round > head.version + 1 || base != head.state_id;
+        let suspects: Vec<_> = shard
+            .rounds
+            .range(head.version + 1..)
+            .flat_map(|(round, gathering)| gathering.entries.values().map(move |entry| (*round, entry)))
+            .filter(|(round, entry)| doubtful(*round, entry.base))
+            .map(|(round, entry)| (round, entry.rank, entry.arrived))
+            .collect();
+        if suspects.is_empty() {
+            return false;
+        }
+        if shard.invoking.is_some() {
+            // Its commit decides where the shard stands.
+            return true;
+        }
+        if suspects.iter().any(|(_, _, arrived)| *arrived > asked) {
+            self.read_head(key);
+            return true;
+        }
+        let partition = shard.partition;
+        let mut diverged = None;
+        for (round, rank, _) in suspects {
+            let entry = (self.shards.get_mut(&key))
+                .and_then(|shard| shard.rounds.get_mut(&round))
+                .and_then(|gathering| gathering.entries.remove(&rank));
+            let Some(entry) = entry else { continue };
+            self.held_bytes -= entry.held_bytes();
+            let error = if round > head.version + 2 {
+                let text = format!("round {round} of shard {}: it stands at version {}", key.1, head.version);
+                WireError::new(ErrorCode::RoundAhead, text)
+            } else {
+                let text = format!(
+                    "rank {rank} builds on another state of shard {} than the store has (version {}): rounds were \
+                     lost; delete the job and start it again from a checkpoint",
+                    key.1, head.version
+                );
+                diverged = Some(WireError::new(ErrorCode::Diverged, text));
+                diverged.clone().unwrap_or_else(|| gone(&job.record.spec.key))
+            };
+            self.reject(&job.record.spec.key, &entry, key.1, round, error);
+            self.actions.push(Action::Acknowledge(partition, entry.sequence));
+        }
+        if let Some(shard) = self.shards.get_mut(&key) {
+            shard.rounds.retain(|_, gathering| !gathering.entries.is_empty());
+        }
+        let fails = diverged.is_some();
+        if let Some(error) = diverged {
+            self.fail_job(job, error);
+        }
+        fails
+    }
+
+    /// Contributions of workers that no longer count in this round.
+    fn drop_departed(&mut self, key: ShardKey, job: &Job, round: Round) {
+        let Some(shard) = self.shards.get_mut(&key) else { return };
+        if shard.invoking.is_some() {
+            return;
+        }
+        let Some(gathering) = shard.rounds.get_mut(&round) else { return };
+        let departed: Vec<_> = gathering
+            .entries
+            .values()
+            .filter(|entry| {
+                !job.roster.tenure(entry.worker).is_some_and(|m| m.rank == entry.rank && m.counts_in(round))
+            })
+            .map(|entry| entry.rank)
+            .collect();
+        for rank in departed {
+            if let Some(entry) = gathering.entries.remove(&rank) {
+                self.held_bytes -= entry.held_bytes();
+                metrics::leftover("departed");
+                self.actions.push(Action::Acknowledge(shard.partition, entry.sequence));
+            }
+        }
+        if gathering.entries.is_empty() {
+            shard.rounds.remove(&round);
+        }
+    }
+
+    /// Starts invocations of complete rounds, as many as may run at once.
+    pub(super) fn start_ready(&mut self) {
+        let mut waiting = std::mem::take(&mut self.ready);
+        while let Some(key) = waiting.pop_first() {
+            let careful = self.is_careful(key);
+            let limit = if careful { 1 } else { self.limits.invocations };
+            // A careful one runs alone, so that a death can be laid at its door.
+            let solo_runs = self.invocations.values().any(|invocation| invocation.plan.careful);
+            if self.invocations.len() >= limit || solo_runs {
+                self.ready.insert(key);
+                continue;
+            }
+            self.start(key, careful);
+        }
+    }
+
+    fn is_careful(&self, key: ShardKey) -> bool {
+        (self.shards.get(&key))
+            .and_then(|shard| self.partitions.get(&shard.partition))
+            .is_some_and(|holding| holding.careful_until.is_some())
+    }
+
+    fn start(&mut self, key: ShardKey, careful: bool) {
+        let Some(shard) = self.shards.get(&key) else { return };
+        if self.partitions.get(&shard.partition).is_none_or(|holding| holding.draining) {
+            return;
+        }
+        let (Some(job), Some((expect, _, _))) = (self.job_of(key, &shard.key), shard.head.clone()) else {
+            return;
+        };
+        let round = expect.version + 1;
+        let Some(gathering) = shard.rounds.get(&round) else { return };
+        // The roster may have changed since the round was found complete.
+        let Verdict::Close { below_quorum } = verdict(&job, round, gathering, self.now) else { return };
+        let mut counted = RankSet::default();
+        let mut void = RankSet::default();
+        let mut inputs = Vec::new();
+        for entry in gathering.entries.values() {
+            let values = match &entry.payload {
+                Payload::Held(bytes) => Some(bytes.clone()),
+                Payload::Parked => None,
+                Payload::Void => {
+                    void.insert(entry.rank);
+                    continue;
+                }
+            };
+            counted.insert(entry.rank);
+            let (rank, weight, sequence) = (entry.rank, entry.weight, entry.sequence);
+            inputs.push(Input { rank, weight, sequence, checksum: entry.checksum, values });
+        }
+        let ledger = Ledger {
+            round,
+            roster_epoch: job.roster.epoch,
+            revision: job.record.settings_of(round).revision,
+            counted,
+            void,
+            below_quorum,
+        };
+        let sequences = gathering.entries.values().map(|entry| entry.sequence).collect();
+        let partition = shard.partition;
+        let plan = Plan { job, shard: key.1, round, expect, partition, inputs, careful };
+        self.next_id += 1;
+        let id = self.next_id;
+        self.actions.push(Action::Fold(id, plan.clone()));
+        self.invocations.insert(id, Invocation { plan, ledger, state: None, sequences });
+        if let Some(shard) = self.shards.get_mut(&key) {
+            shard.invoking = Some(id);
+        }
+    }
+
+    pub(super) fn folded(&mut self, id: InvocationId, result: Result<Bytes, FoldError>) {
+        let Some(invocation) = self.invocations.get_mut(&id) else { return };
+        let key = (invocation.plan.job.record.incarnation, invocation.plan.shard);
+        match result {
+            Ok(state) => {
+                invocation.state = Some(state);
+                self.commit_again(id);
+            }
+            Err(FoldError::Unavailable(reason)) => {
+                tracing::debug!(reason, "fold waits");
+                self.later(RETRY_MS, Timer::Refold(id));
+            }
+            Err(FoldError::ParkedGone(rank)) => {
+                let round = invocation.plan.round;
+                self.invocations.remove(&id);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.invoking = None;
+                    let gone =
+                        shard.rounds.get_mut(&round).and_then(|gathering| gathering.entries.remove(&rank));
+                    // Parked, so it holds no bytes here; a resend brings it back.
+                    drop(gone);
+                }
+                self.evaluate(key);
+            }
+            Err(FoldError::Moved) => self.abandon(id, key),
+            Err(FoldError::Function(reason)) => {
+                let job = invocation.plan.job.clone();
+                let text = format!("function {} failed: {reason}", job.record.spec.function.name);
+                self.fail_job(&job, WireError::new(ErrorCode::Internal, text));
+            }
+        }
+    }
+
+    pub(super) fn fold_again(&mut self, id: InvocationId) {
+        if let Some(invocation) = self.invocations.get(&id) {
+            self.actions.push(Action::Fold(id, invocation.plan.clone()));
+        }
+    }
+
+    pub(super) fn commit_again(&mut self, id: InvocationId) {
+        let Some(invocation) = self.invocations.get(&id) else { return };
+        let Some(state) = invocation.state.clone() else { return };
+        let plan = &invocation.plan;
+        let commit = Commit {
+            job: plan.job.record.incarnation,
+            shard: plan.shard,
+            expect: plan.expect,
+            ledger: invocation.ledger.clone(),
+            function: plan.job.function(plan.round).digest(),
+        };
+        self.actions.push(Action::Commit(id, commit, state));
+    }
+
+    /// The shard stands elsewhere: read where, and judge its contributions anew.
+    fn abandon(&mut self, id: InvocationId, key: ShardKey) {
+        self.invocations.remove(&id);
+        if let Some(shard) = self.shards.get_mut(&key) {
+            shard.invoking = None;
+            shard.head = None;
+        }
+        self.read_head(key);
+    }
+
+    pub(super) fn committed(&mut self, id: InvocationId, result: Result<CommitOutcome, StoreError>) {
+        let Some(invocation) = self.invocations.get(&id) else { return };
+        let key = (invocation.plan.job.record.incarnation, invocation.plan.shard);
+        match result {
+            Ok(CommitOutcome::Committed(head) | CommitOutcome::AlreadyCommitted(head)) => {
+                self.finish(id, key, head)
+            }
+            Ok(CommitOutcome::Conflict(_)) => {
+                metrics::conflict();
+                self.abandon(id, key);
+            }
+            Ok(CommitOutcome::StaleRoster { needed }) => {
+                let name = invocation.plan.job.record.spec.key.clone();
+                tracing::debug!(job = %name, needed, "round was closed by an old roster; reading the new one");
+                self.invocations.remove(&id);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.invoking = None;
+                }
+                self.look_up(name);
+            }
+            Err(error) if error.is_retryable() => {
+                tracing::debug!(%error, "commit is tried again");
+                self.later(RETRY_MS, Timer::Recommit(id));
+            }
+            Err(error) => {
+                self.invocations.remove(&id);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.invoking = None;
+                }
+                self.store_refused(key, &error);
+            }
+        }
+    }
+
+    /// Committed: publish, then acknowledge (rule P1).
+    fn finish(&mut self, id: InvocationId, key: ShardKey, head: Head) {
+        let Some(invocation) = self.invocations.remove(&id) else { return };
+        let Some(shard) = self.shards.get_mut(&key) else { return };
+        let Invocation { plan, ledger, state, sequences } = invocation;
+        let parameters = plan.job.record.layout.len(key.1) * 4;
+        let values = state.unwrap_or_default().slice(..parameters);
+        let bytes: usize = parameters * plan.inputs.len();
+        metrics::round(plan.inputs.len(), bytes, ledger.below_quorum);
+        let header = ResultHeader { job: key.0, shard: key.1, head, ledger: ledger.clone() };
+        self.actions.push(Action::Publish(plan.job.record.spec.key.clone(), header, values));
+        shard.invoking = None;
+        shard.head = Some((head, ledger, self.clock));
+        if let Some(gathering) = shard.rounds.remove(&plan.round) {
+            for entry in gathering.entries.into_values() {
+                self.held_bytes -= entry.held_bytes();
+                // A contribution that came after the close was not counted.
+                if !sequences.contains(&entry.sequence) {
+                    metrics::leftover("late");
+                    self.actions.push(Action::Acknowledge(plan.partition, entry.sequence));
+                }
+            }
+        }
+        for sequence in sequences {
+            self.actions.push(Action::Acknowledge(plan.partition, sequence));
+        }
+        self.ease(plan.partition);
+        self.evaluate(key);
+    }
+
+    /// Ends carefulness once the backlog of an unclean takeover is done (rule P18).
+    fn ease(&mut self, partition: u16) {
+        let Some(holding) = self.partitions.get_mut(&partition) else { return };
+        let Some(until) = holding.careful_until else { return };
+        let waiting = self
+            .shards
+            .values()
+            .filter(|shard| shard.partition == partition)
+            .flat_map(|shard| shard.rounds.values())
+            .flat_map(|gathering| gathering.entries.values())
+            .any(|entry| entry.sequence <= until);
+        if holding.delivered_until >= until && !waiting {
+            holding.careful_until = None;
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! What an invoker knows of one shard.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use thalweg_protocol::{Head, Incarnation, JobKey, Ledger, Partition, Rank, Round, StateId};
+
+use super::{InvocationId, Millis};
+
+/// A contribution that waits, un-acknowledged, for its round.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) sequence: u64,
+    pub(super) worker: Incarnation,
+    pub(super) rank: Rank,
+    pub(super) base: StateId,
+    pub(super) weight: f32,
+    pub(super) checksum: u64,
+    pub(super) payload: Payload,
+    /// The core's clock when it came.
+    pub(super) arrived: u64,
+}
+
+#[derive(Debug)]
+pub(super) enum Payload {
+    Held(Bytes),
+    /// In the stream only; read back when its turn comes (rule P17).
+    Parked,
+    /// Present, adds nothing (rule P8).
+    Void,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Gathering {
+    pub(super) entries: BTreeMap<Rank, Entry>,
+    /// Broker's time of the first contribution: the deadline counts from here.
+    pub(super) first: Option<Millis>,
+}
+
+#[derive(Debug)]
+pub(super) struct Shard {
+    pub(super) key: JobKey,
+    pub(super) partition: Partition,
+    /// Where it stands, and the core's clock when that was asked; `None` while unknown.
+    pub(super) head: Option<(Head, Ledger, u64)>,
+    pub(super) reading: bool,
+    /// The core's clock when the reading under way was begun.
+    pub(super) reading_since: u64,
+    pub(super) rounds: BTreeMap<Round, Gathering>,
+    pub(super) invoking: Option<InvocationId>,
+    /// Version last published again for a worker that missed it.
+    pub(super) republished: Option<u64>,
+    pub(super) deadline_armed: Option<Round>,
+}
+
+impl Shard {
+    pub(super) fn new(key: JobKey, partition: Partition) -> Self {
+        Self {
+            key,
+            partition,
+            head: None,
+            reading: false,
+            reading_since: 0,
+            rounds: BTreeMap::new(),
+            invoking: None,
+            republished: None,
+            deadline_armed: None,
+        }
+    }
+
+    pub(super) fn entries(&self) -> usize {
+        self.rounds.values().map(|round| round.entries.len()).sum()
+    }
+
+    pub(super) fn held_bytes(&self) -> usize {
+        self.rounds.values().flat_map(|round| round.entries.values()).map(Entry::held_bytes).sum()
+    }
+
+    pub(super) fn take_all(&mut self) -> Vec<(Round, Entry)> {
+        std::mem::take(&mut self.rounds)
+            .into_iter()
+            .flat_map(|(round, gathering)| gathering.entries.into_values().map(move |entry| (round, entry)))
+            .collect()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.rounds.is_empty() && self.invoking.is_none() && !self.reading
+    }
+}
+
+impl Entry {
+    pub(super) fn held_bytes(&self) -> usize {
+        match &self.payload {
+            Payload::Held(bytes) => bytes.len(),
+            Payload::Parked | Payload::Void => 0,
+        }
+    }
+
+    pub(super) fn is_void(&self) -> bool {
+        matches!(self.payload, Payload::Void)
+    }
+}

@@ -1,0 +1,149 @@
+//! What goes into the core and what comes out.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use thalweg_protocol::{
+    Commit, CommitOutcome, Head, Incarnation, JobKey, Ledger, Partition, Rank, Reject, ResultHeader, Round,
+    ShardIndex, WireError,
+};
+use thalweg_store::StoreError;
+
+use crate::Job;
+
+/// One shard of one life of a job.
+pub type ShardKey = (Incarnation, ShardIndex);
+/// Numbers invocations of one core.
+pub type InvocationId = u64;
+/// Milliseconds since the Unix epoch, by the clock that the shell reads.
+pub type Millis = u64;
+
+/// A message of a partition's work queue.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    /// Where it came from.
+    pub partition: Partition,
+    /// Its sequence in the partition's stream.
+    pub sequence: u64,
+    /// When the broker stored it.
+    pub published: Millis,
+    /// Its subject.
+    pub subject: String,
+    /// Its bytes.
+    pub frame: Bytes,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The shell has taken a partition over: everything un-acknowledged will be delivered (again).
+    Held {
+        /// The partition.
+        partition: Partition,
+        /// After an unclean takeover: last sequence of the backlog, to be folded alone (rule P18).
+        careful_until: Option<u64>,
+        /// Sequence of a contribution that has killed too many invokers.
+        poison: Option<u64>,
+    },
+    /// Start no more invocations of a partition that is about to move (rule P19).
+    Drain(Partition),
+    /// The partition is no longer ours.
+    Lost(Partition),
+    /// A message.
+    Delivered(Delivery),
+    /// The registry's answer to [`Action::LookUp`]; `None` when there is no such job.
+    Job(JobKey, Option<Arc<Job>>),
+    /// The registry did not answer.
+    LookUpFailed(JobKey),
+    /// The store's answer to [`Action::ReadHead`].
+    Head(ShardKey, Result<(Head, Ledger), StoreError>),
+    /// End of [`Action::Fold`].
+    Folded(InvocationId, Result<Bytes, FoldError>),
+    /// End of [`Action::Commit`].
+    Committed(InvocationId, Result<CommitOutcome, StoreError>),
+    /// Time has passed.
+    Tick,
+}
+
+/// Why a fold gave nothing.
+#[derive(Debug)]
+pub enum FoldError {
+    /// A parked contribution is no longer in the stream, or another one.
+    ParkedGone(Rank),
+    /// The shard is not where the plan expects it.
+    Moved,
+    /// The store, or the broker for parked contributions, could not be asked.
+    Unavailable(String),
+    /// The function itself failed.
+    Function(String),
+}
+
+/// What to do. The shell performs actions in the order in which they are given.
+#[derive(Debug)]
+pub enum Action {
+    /// Remove a message from its work queue.
+    Acknowledge(Partition, u64),
+    /// Put a message aside with its reason, then remove it from its work queue.
+    DeadLetter {
+        /// Its partition.
+        partition: Partition,
+        /// Its sequence.
+        sequence: u64,
+        /// Its job, if that could be read.
+        key: Option<JobKey>,
+        /// Why.
+        error: WireError,
+        /// Its bytes.
+        frame: Bytes,
+    },
+    /// Tell a sender why its contribution was not taken.
+    Reject(JobKey, Rank, Reject),
+    /// Read a job's record and roster.
+    LookUp(JobKey),
+    /// Read where a shard stands.
+    ReadHead(ShardKey),
+    /// Fold a round.
+    Fold(InvocationId, Plan),
+    /// Commit a folded round.
+    Commit(InvocationId, Commit, Bytes),
+    /// Publish a committed round to the job's workers.
+    Publish(JobKey, ResultHeader, Bytes),
+    /// Read a shard from the store and publish it, for workers that missed it.
+    Republish(JobKey, ShardKey),
+    /// Record that a job has failed.
+    FailJob(JobKey, Incarnation, WireError),
+}
+
+/// One round of one shard, ready to be folded.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The job, with its function.
+    pub job: Arc<Job>,
+    /// The shard.
+    pub shard: ShardIndex,
+    /// The round.
+    pub round: Round,
+    /// Where the shard must stand.
+    pub expect: Head,
+    /// The partition, for parked contributions.
+    pub partition: Partition,
+    /// Contributions in rank order; void ones are not among them.
+    pub inputs: Vec<Input>,
+    /// Write a suspect record before each contribution (rule P18).
+    pub careful: bool,
+}
+
+/// One contribution of a plan.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// Whose.
+    pub rank: Rank,
+    /// Its weight.
+    pub weight: f32,
+    /// Its message's sequence.
+    pub sequence: u64,
+    /// Checksum of its frame, to recognise a parked one.
+    pub checksum: u64,
+    /// Its values; `None` when parked.
+    pub values: Option<Bytes>,
+}

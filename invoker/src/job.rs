@@ -1,0 +1,64 @@
+//! A job as an invoker sees it: its record and roster, with the function resolved.
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use thalweg_functions::{AggregationFunction, InvalidSettings};
+use thalweg_protocol::{JobRecord, Roster, Round, ShardIndex, offsets};
+
+/// Immutable view of one job at one moment. Cheap to share, replaced when record or roster change.
+#[derive(Debug)]
+pub struct Job {
+    /// The job.
+    pub record: JobRecord,
+    /// Who counts.
+    pub roster: Roster,
+    functions: Vec<Arc<dyn AggregationFunction>>,
+    /// Elements of the flattened vector by parameter group, ascending.
+    groups: Vec<(Range<u64>, usize)>,
+}
+
+impl Job {
+    /// Resolves the functions of all settings revisions.
+    ///
+    /// # Errors
+    /// When this release does not know the function; the gateway checks that at creation, so the job
+    /// was made by a newer one.
+    pub fn new(record: JobRecord, roster: Roster) -> Result<Self, InvalidSettings> {
+        let functions = record
+            .settings
+            .iter()
+            .map(|revision| thalweg_functions::resolve(&revision.function).map(Arc::from))
+            .collect::<Result<_, _>>()?;
+        let by_name: HashMap<&str, usize> = (record.spec.function.groups.iter().enumerate())
+            .flat_map(|(group, settings)| settings.tensors.iter().map(move |name| (name.as_str(), group)))
+            .collect();
+        let starts = offsets(&record.spec.tensors);
+        let groups = (record.spec.tensors.iter().zip(starts.windows(2)))
+            .filter_map(|(tensor, bounds)| Some((bounds[0]..bounds[1], *by_name.get(tensor.name.as_str())?)))
+            .collect();
+        Ok(Self { record, roster, functions, groups })
+    }
+
+    /// The function that folds `round`, with its settings.
+    #[must_use]
+    pub fn function(&self, round: Round) -> &Arc<dyn AggregationFunction> {
+        let revision = self.record.settings.partition_point(|revision| revision.from_round <= round);
+        &self.functions[revision.saturating_sub(1)]
+    }
+
+    /// Parameter groups inside one shard, relative to its first element.
+    #[must_use]
+    pub fn groups(&self, shard: ShardIndex) -> Vec<(Range<usize>, usize)> {
+        let bounds = self.record.layout.range(shard);
+        let first = self.groups.partition_point(|(range, _)| range.end <= bounds.start);
+        self.groups[first..]
+            .iter()
+            .take_while(|(range, _)| range.start < bounds.end)
+            .map(|(range, group)| {
+                let start = range.start.max(bounds.start) - bounds.start;
+                let end = range.end.min(bounds.end) - bounds.start;
+                (start as usize..end as usize, *group)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,39 @@
+//! The words of Thalweg's wire: ids, messages, records, subjects, limits and errors.
+//!
+//! No I/O happens here, and no other crate of the project is used: whoever wants to speak to a
+//! Thalweg deployment needs this crate and a NATS connection. A message is a [`frame`]: a fixed
+//! prelude with wire version and checksum, a header, and a payload that is borrowed, never copied,
+//! when the frame is opened.
+
+mod error;
+pub mod frame;
+mod ids;
+mod layout;
+mod ledger;
+pub mod limits;
+mod messages;
+mod records;
+mod spec;
+pub mod subjects;
+
+pub use error::{ErrorCode, WireError};
+pub use frame::{FrameBuilder, FrameError, Kind, WIRE_VERSION, checksum};
+pub use ids::{
+    Epoch, Incarnation, InvalidId, InvalidName, JobKey, Name, Partition, Rank, Round, ShardIndex, StateId,
+    StoreId, Version,
+};
+pub use layout::{Layout, offsets, partition_of};
+pub use ledger::{Head, Ledger, RankSet};
+pub use messages::{
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, MAX_HEADS, Reject, ResultHeader,
+    StoreJob, StoreReply, StoreRequest, WorkerRef,
+};
+pub use records::{
+    InvokerBeat, InvokerState, JobRecord, JobState, Lease, Member, PLACEMENT_KEY, PlacedPartition, Placement,
+    Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key, lease_key, roster_key,
+    suspect_key,
+};
+pub use spec::{
+    Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, ParameterGroup, Setting, Settings,
+    SettingsRevision, TensorSpec,
+};

@@ -1,0 +1,232 @@
+//! Control records: what the registry (a JetStream key-value bucket) holds.
+//!
+//! Every record is a frame of kind `Record` and is changed by compare-and-swap on its revision.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Epoch, Incarnation, JobKey, JobSpec, Layout, Partition, Rank, Round, SettingsRevision, ShardIndex,
+    StoreId, WireError,
+};
+
+/// Life of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// Waiting for initial parameters.
+    Initialising,
+    /// Rounds may close.
+    Running,
+    /// No round will close any more; every worker gets this error.
+    Failed(WireError),
+}
+
+/// A job as the registry knows it: `job.<tenant>.<job>`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// What it was created with.
+    pub spec: JobSpec,
+    /// This life of the job.
+    pub incarnation: Incarnation,
+    /// How its parameters are split; the shard size is the wanted one, bounded by `max_payload`.
+    pub layout: Layout,
+    /// Optimizer slots of its function.
+    pub slots: u32,
+    /// The store that holds its shards.
+    pub store: StoreId,
+    /// Number of partitions when it was created.
+    pub partitions: Partition,
+    /// Where it stands.
+    pub state: JobState,
+    /// Settings by first round, ascending.
+    pub settings: Vec<SettingsRevision>,
+}
+
+impl JobRecord {
+    /// The settings that fold `round`.
+    #[must_use]
+    pub fn settings_of(&self, round: Round) -> &SettingsRevision {
+        let at = self.settings.partition_point(|revision| revision.from_round <= round);
+        // The first revision starts at round 0, so `at` is at least 1.
+        &self.settings[at.saturating_sub(1)]
+    }
+
+    /// The partition that serves `shard`.
+    #[must_use]
+    pub fn partition(&self, shard: ShardIndex) -> Partition {
+        crate::partition_of(self.incarnation, shard, self.partitions)
+    }
+
+    /// Bytes of the state of the largest shard.
+    #[must_use]
+    pub fn state_bytes(&self) -> usize {
+        self.layout.len(0) * 4 * (1 + self.slots as usize)
+    }
+}
+
+/// One rank's tenure.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Claimed rank.
+    pub rank: Rank,
+    /// Stable id of the worker.
+    pub worker: String,
+    /// This life of the worker.
+    pub incarnation: Incarnation,
+    /// First round that counts it.
+    pub from_round: Round,
+    /// First round that no longer counts it.
+    pub until_round: Option<Round>,
+}
+
+impl Member {
+    /// Whether `round` waits for this member.
+    #[must_use]
+    pub fn counts_in(&self, round: Round) -> bool {
+        self.from_round <= round && self.until_round.is_none_or(|until| round < until)
+    }
+}
+
+/// The ranks that count: `roster.<tenant>.<job>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roster {
+    /// Which life of the job.
+    pub job: Incarnation,
+    /// Grows with every change.
+    pub epoch: Epoch,
+    /// All founding members have joined; rounds may close.
+    pub started: bool,
+    /// Present and recent members; at most one tenure of a rank counts in any round.
+    pub members: Vec<Member>,
+}
+
+impl Roster {
+    /// The members that `round` waits for, in no particular order.
+    pub fn of_round(&self, round: Round) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(move |member| member.counts_in(round))
+    }
+
+    /// The tenure of a worker's life.
+    #[must_use]
+    pub fn tenure(&self, worker: Incarnation) -> Option<&Member> {
+        self.members.iter().find(|member| member.incarnation == worker)
+    }
+}
+
+/// Which invoker serves which partition: `placement`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// By partition.
+    pub partitions: Vec<PlacedPartition>,
+}
+
+/// The holder of one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacedPartition {
+    /// Grows whenever the holder changes.
+    pub epoch: Epoch,
+    /// Invoker id; `None` while nobody serves it.
+    pub holder: Option<String>,
+}
+
+/// When each partition's stream was created: `streams` (rule P16).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streams {
+    /// Nanoseconds since the epoch by the broker's clock, by partition.
+    pub created: Vec<i64>,
+}
+
+/// The store in force: `store` (rule P26).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreRecord {
+    /// Its data directory.
+    pub id: StoreId,
+    /// Where that was, for people who have to find it.
+    pub location: String,
+}
+
+/// Right to be the only writer of some role: `lease.<role>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Who holds it.
+    pub holder: Incarnation,
+    /// Grows with every renewal; a lease that stands still for its whole term may be taken.
+    pub renewals: u64,
+}
+
+/// A contribution about to be folded alone after an unclean takeover: `suspect.<partition>` (rule P18).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspect {
+    /// Stream sequence of the message.
+    pub sequence: u64,
+    /// Creation of the stream that gave the sequence.
+    pub stream_created: i64,
+    /// Which attempt this is, from 1.
+    pub attempt: u32,
+    /// The invoker that tries.
+    pub invoker: String,
+}
+
+/// What an invoker tells about itself, by core NATS on `thalweg.beat.invoker.<id>`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InvokerBeat {
+    /// Its id.
+    pub invoker: String,
+    /// What it is doing.
+    pub state: InvokerState,
+    /// Partitions it holds, with their epochs.
+    pub partitions: Vec<(Partition, Epoch)>,
+    /// Bytes of contributions folded per second of busy time; 0 before the first.
+    pub service_bytes_per_s: f64,
+    /// Share of the time since the last beat spent working, 0 to 1.
+    pub busy: f64,
+    /// Messages held or parked, waiting for their round.
+    pub held_messages: u64,
+    /// Bytes of payload in memory.
+    pub held_bytes: u64,
+    /// CPUs it may use.
+    pub cpu_quota: f64,
+}
+
+/// What an invoker is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InvokerState {
+    /// Not yet able to take partitions.
+    Starting,
+    /// Ready for work.
+    Ready,
+    /// Leaving: gives its partitions up and stops.
+    Draining,
+}
+
+/// Registry key of a job.
+#[must_use]
+pub fn job_key(key: &JobKey) -> String {
+    format!("job.{}.{}", key.tenant, key.job)
+}
+
+/// Registry key of a job's roster.
+#[must_use]
+pub fn roster_key(key: &JobKey) -> String {
+    format!("roster.{}.{}", key.tenant, key.job)
+}
+
+/// Registry key of the placement.
+pub const PLACEMENT_KEY: &str = "placement";
+/// Registry key of the streams' creation times.
+pub const STREAMS_KEY: &str = "streams";
+/// Registry key of the store in force.
+pub const STORE_KEY: &str = "store";
+
+/// Registry key of a role's lease.
+#[must_use]
+pub fn lease_key(role: &str) -> String {
+    format!("lease.{role}")
+}
+
+/// Registry key of a partition's suspect.
+#[must_use]
+pub fn suspect_key(partition: Partition) -> String {
+    format!("suspect.{partition}")
+}

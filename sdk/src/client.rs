@@ -1,0 +1,430 @@
+//! Connecting, opening jobs, joining them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use thalweg_broker::{Backoff, Connection, NatsConfig, Registry, RequestError, request};
+use thalweg_protocol::{
+    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Kind, Rank, Roster,
+    StoreRequest, WireError, WorkerRef, offsets, subjects,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Error, Job, Worker,
+    driver::{Driver, Shared, ask_store, read_heads, read_streams},
+    engine::{Engine, Timing},
+};
+
+/// Longest wait for one reply of the gateway.
+const REQUEST: Duration = Duration::from_secs(5);
+/// How often a wait is explained in the log.
+const EXPLAIN: Duration = Duration::from_secs(2);
+
+/// A connection to a Thalweg deployment. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    connection: Connection,
+}
+
+/// How a worker joins.
+#[derive(Clone, Debug)]
+pub struct JoinOptions {
+    /// Stable id of this worker. A worker that is started again with the same id takes its rank back at
+    /// once; with the default, a random one, it waits until its former lease has ended.
+    pub worker_id: String,
+    /// Longest wait for everything joining needs: a gateway, a store, initial parameters, the other
+    /// workers. Default 5 minutes.
+    pub timeout: Duration,
+    /// Longest wait, within `timeout`, for a rank that another worker holds. Default 20 seconds, twice
+    /// the default lease.
+    pub rank_timeout: Duration,
+    /// Initial parameters by tensor name, used by rank 0 of a job whose function keeps parameters.
+    pub initial: Vec<(String, Vec<f32>)>,
+    /// Waits of the protocol.
+    pub timing: Timing,
+}
+
+impl Default for JoinOptions {
+    fn default() -> Self {
+        Self {
+            worker_id: Incarnation::random().to_string(),
+            timeout: Duration::from_secs(300),
+            rank_timeout: Duration::from_secs(20),
+            initial: Vec::new(),
+            timing: Timing::default(),
+        }
+    }
+}
+
+/// A wait with an end, explained now and then.
+struct Patience {
+    until: Instant,
+    explained: Instant,
+    backoff: Backoff,
+    after: Duration,
+}
+
+impl Patience {
+    fn new(after: Duration) -> Self {
+        let now = Instant::now();
+        let backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(250));
+        Self { until: now + after, explained: now, backoff, after }
+    }
+
+    /// Waits a little for `what`.
+    async fn wait(&mut self, what: &str, hint: &str) -> Result<(), Error> {
+        let now = Instant::now();
+        if now >= self.until {
+            return Err(Error::TimedOut { what: what.to_owned(), after: self.after, hint: hint.to_owned() });
+        }
+        if now.duration_since(self.explained) >= EXPLAIN {
+            self.explained = now;
+            tracing::info!(hint, "waiting for {what}");
+        }
+        tokio::time::sleep(self.backoff.delay().max(Duration::from_millis(5))).await;
+        Ok(())
+    }
+}
+
+impl Client {
+    /// Connects; waits until the NATS server is there.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] for a URL that cannot be used.
+    pub async fn connect(url: &str) -> Result<Self, Error> {
+        Self::connect_with(&NatsConfig { url: url.to_owned(), ..NatsConfig::default() }).await
+    }
+
+    /// Connects with credentials.
+    ///
+    /// # Errors
+    /// As [`Client::connect`], and when the credentials cannot be read.
+    pub async fn connect_with(config: &NatsConfig) -> Result<Self, Error> {
+        let connection = Connection::open("thalweg-sdk", config, &CancellationToken::new()).await;
+        let connection = connection.map_err(|error| Error::Connect(error.to_string()))?;
+        connection.map(|connection| Self { connection }).ok_or(Error::Left)
+    }
+
+    /// Asks the gateway once.
+    async fn ask_once(&self, query: &ApiRequest) -> Result<Result<ApiReply, WireError>, RequestError> {
+        let kinds = (Kind::ApiRequest, Kind::ApiReply);
+        let (reply, _) = request(&self.connection.client, subjects::API, kinds, query, &[], REQUEST).await?;
+        Ok(match reply {
+            ApiReply::Error(error) => Err(error),
+            reply => Ok(reply),
+        })
+    }
+
+    /// Asks the gateway until it answers, or says something that waiting cannot cure.
+    async fn ask(&self, query: &ApiRequest, patience: &mut Patience) -> Result<ApiReply, Error> {
+        loop {
+            let hint = match self.ask_once(query).await {
+                Ok(Ok(reply)) => return Ok(reply),
+                Ok(Err(error)) if !error.is_retryable() => return Err(error.into()),
+                Ok(Err(error)) => error.to_string(),
+                Err(RequestError::Frame(_, error)) => return Err(error.to_wire().into()),
+                Err(RequestError::NoResponders(_)) => {
+                    "no gateway runs: start one (thalweg up, or thalweg gateway)".to_owned()
+                }
+                Err(error) => error.to_string(),
+            };
+            patience.wait("an answer of the gateway", &hint).await?;
+        }
+    }
+
+    /// Creates a job, or finds the one that was created alike.
+    ///
+    /// # Errors
+    /// `invalid_spec`, `limit`, `wrong_dtype` or `spec_mismatch`, naming the field.
+    pub async fn open(&self, job: &Job) -> Result<JobRecord, Error> {
+        let query = ApiRequest::OpenJob(job.spec()?);
+        match self.ask(&query, &mut Patience::new(JoinOptions::default().timeout)).await? {
+            ApiReply::Job(record, _) => Ok(*record),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Reads a job and its roster.
+    ///
+    /// # Errors
+    /// `unknown_job`.
+    pub async fn job(&self, key: &JobKey) -> Result<(JobRecord, Roster), Error> {
+        let query = ApiRequest::GetJob(key.clone());
+        match self.ask(&query, &mut Patience::new(JoinOptions::default().timeout)).await? {
+            ApiReply::Job(record, roster) => Ok((*record, roster)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// All jobs.
+    ///
+    /// # Errors
+    /// When no gateway answers.
+    pub async fn jobs(&self) -> Result<Vec<JobRecord>, Error> {
+        match self.ask(&ApiRequest::ListJobs, &mut Patience::new(REQUEST * 6)).await? {
+            ApiReply::Jobs(jobs) => Ok(jobs),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Removes a job with everything of it. Its workers get `gone`.
+    ///
+    /// # Errors
+    /// `unknown_job`.
+    pub async fn delete(&self, key: &JobKey) -> Result<(), Error> {
+        match self.ask(&ApiRequest::DeleteJob(key.clone()), &mut Patience::new(REQUEST * 6)).await? {
+            ApiReply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Joins a job with the defaults of [`JoinOptions`].
+    ///
+    /// # Errors
+    /// As [`Client::join_with`].
+    pub async fn join(&self, job: Job, rank: Rank) -> Result<Worker, Error> {
+        self.join_with(job, rank, JoinOptions::default()).await
+    }
+
+    /// Opens the job, claims `rank` and waits until all founding workers are there. A worker that joins
+    /// a job that has started counts from the next round that nobody can have begun.
+    ///
+    /// Safe to cancel: a rank that was claimed falls back when its lease ends.
+    ///
+    /// # Errors
+    /// Those of [`Client::open`]; `rank_taken` when another worker keeps the rank; [`Error::TimedOut`]
+    /// with what was missing.
+    pub async fn join_with(&self, job: Job, rank: Rank, options: JoinOptions) -> Result<Worker, Error> {
+        let mut patience = Patience::new(options.timeout);
+        let spec = job.spec()?;
+        let query = ApiRequest::OpenJob(spec);
+        let ApiReply::Job(record, _) = self.ask(&query, &mut patience).await? else {
+            return Err(unexpected(&ApiReply::Done));
+        };
+        let record = self.initialise(*record, rank, &options, &mut patience).await?;
+        let worker = WorkerRef {
+            key: record.spec.key.clone(),
+            job: record.incarnation,
+            rank,
+            incarnation: Incarnation::random(),
+        };
+        let (roster, window_bytes, lease) = self.claim(&worker, &options, &mut patience).await?;
+        let registry = loop {
+            match Registry::open(&self.connection.jetstream).await {
+                Ok(registry) => break registry,
+                Err(error) => patience.wait("the registry", &error.to_string()).await?,
+            }
+        };
+        let roster = self.wait_for_start(&record, &worker, roster, lease, &mut patience).await?;
+        let from_round = roster.tenure(worker.incarnation).map_or(1, |member| member.from_round);
+        // Round `from_round` waits for this worker, so every shard comes to stand right before it.
+        let heads = loop {
+            match read_heads(&self.connection.client, &record).await {
+                Ok(heads) if heads.iter().all(|head| head.version + 1 >= from_round) => break heads,
+                Ok(_) => patience.wait("the present round to end", "other workers are in it").await?,
+                Err(error) if error.is_retryable() => patience.wait("the store", &error.message).await?,
+                Err(error) => return Err(error.into()),
+            }
+            self.keep_alive(&worker, window_bytes).await?;
+        };
+        // With a quorum others may have gone on meanwhile: begin where they are.
+        let round = heads.iter().map(|head| head.version).max().unwrap_or(0).max(from_round - 1) + 1;
+        let shards = u64::from(record.layout.shards());
+        let model_bytes = record.layout.elements * 4 + shards * 256;
+        let streams = read_streams(&registry, &record).await.unwrap_or_default();
+        let identity = (record.incarnation, worker.incarnation, rank);
+        let now = Instant::now();
+        let mut engine = Engine::new(options.timing, identity, heads.clone(), round, model_bytes, now);
+        engine.window(window_bytes, roster.epoch, now);
+        engine.heads(&heads, streams, now);
+        let results = self.subscribe(subjects::result(&worker.key)).await?;
+        let rejects = self.subscribe(subjects::reject(&worker.key, rank)).await?;
+        let shared = Arc::new(Shared::new(engine));
+        let stop = CancellationToken::new();
+        let record = Arc::new(record);
+        let driver = Driver {
+            shared: shared.clone(),
+            connection: self.connection.clone(),
+            registry,
+            record: record.clone(),
+            worker: worker.clone(),
+            lease,
+            window_bytes: watch::Sender::new(window_bytes),
+            stop: stop.clone(),
+        };
+        tokio::spawn(driver.run(results, rejects));
+        Ok(Worker::new(self.clone(), record, worker, shared, stop))
+    }
+
+    async fn subscribe(&self, subject: String) -> Result<async_nats::Subscriber, Error> {
+        self.connection.client.subscribe(subject).await.map_err(|error| Error::Connect(error.to_string()))
+    }
+
+    /// Uploads initial parameters as rank 0, or waits until they are there.
+    async fn initialise(
+        &self,
+        mut record: JobRecord,
+        rank: Rank,
+        options: &JoinOptions,
+        patience: &mut Patience,
+    ) -> Result<JobRecord, Error> {
+        loop {
+            match &record.state {
+                JobState::Running => return Ok(record),
+                JobState::Failed(error) => {
+                    return Err(WireError::new(ErrorCode::JobFailed, error.to_string()).into());
+                }
+                JobState::Initialising => {}
+            }
+            if rank == 0 && !options.initial.is_empty() {
+                self.upload(&record, &options.initial, patience).await?;
+            } else {
+                let hint = "rank 0 gives them when it joins (JoinOptions::initial)";
+                patience.wait("initial parameters", hint).await?;
+            }
+            let query = ApiRequest::GetJob(record.spec.key.clone());
+            match self.ask(&query, patience).await? {
+                ApiReply::Job(newer, _) => record = *newer,
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    async fn upload(
+        &self,
+        record: &JobRecord,
+        initial: &[(String, Vec<f32>)],
+        patience: &mut Patience,
+    ) -> Result<(), Error> {
+        let mut flat = vec![0_f32; usize::try_from(record.layout.elements).unwrap_or(usize::MAX)];
+        let starts = offsets(&record.spec.tensors);
+        for (tensor, bounds) in record.spec.tensors.iter().zip(starts.windows(2)) {
+            let given = initial.iter().find(|(name, _)| *name == tensor.name);
+            let Some((_, values)) = given else { return Err(Error::UnknownTensor(tensor.name.clone())) };
+            let expected = (bounds[1] - bounds[0]) as usize;
+            if values.len() != expected {
+                let tensor = tensor.name.clone();
+                return Err(Error::Shape { tensor, expected, actual: values.len() });
+            }
+            flat[bounds[0] as usize..bounds[1] as usize].copy_from_slice(values);
+        }
+        let (job, upload) = (record.incarnation, Incarnation::random());
+        for shard in 0..record.layout.shards() {
+            let range = record.layout.range(shard);
+            let bytes: Vec<u8> = flat[range.start as usize..range.end as usize]
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
+            let bytes = Bytes::from(bytes);
+            loop {
+                let query = StoreRequest::Upload { job, upload, shard };
+                match ask_store(&self.connection.client, record, query, &bytes).await {
+                    Ok(_) => break,
+                    // Somebody else's parameters are active: those count.
+                    Err(error) if error.code == ErrorCode::SpecMismatch => return Ok(()),
+                    Err(error) if error.is_retryable() => patience.wait("the store", &error.message).await?,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        let query = ApiRequest::Activate { key: record.spec.key.clone(), job, upload };
+        match self.ask(&query, patience).await {
+            Ok(_) => Ok(()),
+            Err(Error::Refused(error)) if error.code == ErrorCode::SpecMismatch => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn claim(
+        &self,
+        worker: &WorkerRef,
+        options: &JoinOptions,
+        patience: &mut Patience,
+    ) -> Result<(Roster, u64, Duration), Error> {
+        let claim = Claim { worker: worker.clone(), id: options.worker_id.clone() };
+        let until = Instant::now() + options.rank_timeout;
+        loop {
+            match self.ask(&ApiRequest::Join(claim.clone()), patience).await {
+                Ok(ApiReply::Joined { roster, window_bytes, lease_ms }) => {
+                    return Ok((roster, window_bytes, Duration::from_millis(lease_ms)));
+                }
+                Ok(other) => return Err(unexpected(&other)),
+                Err(Error::Refused(error))
+                    if error.code == ErrorCode::RankTaken && Instant::now() < until =>
+                {
+                    patience.wait("the rank", &error.message).await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn wait_for_start(
+        &self,
+        record: &JobRecord,
+        worker: &WorkerRef,
+        mut roster: Roster,
+        lease: Duration,
+        patience: &mut Patience,
+    ) -> Result<Roster, Error> {
+        let mut beaten = Instant::now();
+        while !roster.started {
+            let here = roster.members.len();
+            let text = format!(
+                "{here} of {} workers are there; ranks: {:?}",
+                record.spec.workers,
+                roster.members.iter().map(|member| member.rank).collect::<Vec<_>>()
+            );
+            patience.wait("the other workers", &text).await?;
+            if beaten.elapsed() >= lease / 8 {
+                self.keep_alive(worker, 0).await?;
+                beaten = Instant::now();
+            }
+            match self.ask(&ApiRequest::GetJob(record.spec.key.clone()), patience).await? {
+                ApiReply::Job(newer, _) if newer.incarnation != record.incarnation => {
+                    let text = format!("this life of job {} is over: open the job again", record.spec.key);
+                    return Err(WireError::new(ErrorCode::Gone, text).into());
+                }
+                ApiReply::Job(_, newer) => roster = newer,
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(roster)
+    }
+
+    /// A heartbeat while joining.
+    async fn keep_alive(&self, worker: &WorkerRef, window_bytes: u64) -> Result<(), Error> {
+        let beat = ApiRequest::Beat { worker: worker.clone(), window_bytes, active: true };
+        let kinds = (Kind::ApiRequest, Kind::ApiReply);
+        let client = &self.connection.client;
+        let reply =
+            request(client, subjects::WORKER_BEAT, kinds, &beat, &[], Duration::from_millis(500)).await;
+        match reply {
+            Ok((ApiReply::Error(error), _)) if !error.is_retryable() => Err(error.into()),
+            // An unanswered one is repeated soon.
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives a worker's rank back.
+    pub(crate) async fn leave(&self, worker: &WorkerRef) -> Result<(), Error> {
+        match self.ask(&ApiRequest::Leave(worker.clone()), &mut Patience::new(REQUEST * 6)).await? {
+            ApiReply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The connection, for what this crate does not offer.
+    pub(crate) fn nats(&self) -> &async_nats::Client {
+        &self.connection.client
+    }
+}
+
+fn unexpected(reply: &ApiReply) -> Error {
+    WireError::new(ErrorCode::Malformed, format!("unexpected reply of the gateway: {reply:?}")).into()
+}

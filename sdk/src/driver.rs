@@ -1,0 +1,343 @@
+//! The shell around the engine: one task a worker that moves frames, results and heartbeats.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use async_nats::jetstream::context::PublishErrorKind;
+use bytes::Bytes;
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use thalweg_broker::{Connection, Registry, request};
+use thalweg_protocol::{
+    ApiReply, ApiRequest, ErrorCode, Head, JobRecord, Kind, Ledger, MAX_HEADS, Reject, ResultHeader, Round,
+    STREAMS_KEY, ShardIndex, StoreReply, StoreRequest, Streams, WireError, WorkerRef, frame, subjects,
+};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::{Action, Engine};
+
+/// Longest wait for a reply of store or gateway.
+const REQUEST: Duration = Duration::from_secs(3);
+/// How often time passes for the engine.
+const TICK: Duration = Duration::from_millis(20);
+
+/// What handle and task share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    engine: Mutex<Engine>,
+    /// Something changed that somebody may wait for.
+    pub(crate) changed: Notify,
+    /// Actions for the task, put there by the handle.
+    inbox: Mutex<Vec<Action>>,
+    wake: Notify,
+    /// Bytes of payload and overhead given to the broker and taken from it, for reports.
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) received_bytes: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The engine's methods leave it consistent before anything in them can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn new(engine: Engine) -> Self {
+        Self {
+            engine: Mutex::new(engine),
+            changed: Notify::new(),
+            inbox: Mutex::default(),
+            wake: Notify::new(),
+            sent_bytes: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The engine; never held across an await.
+    pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
+        lock(&self.engine)
+    }
+
+    /// Hands actions to the task.
+    pub(crate) fn act(&self, actions: Vec<Action>) {
+        if !actions.is_empty() {
+            lock(&self.inbox).extend(actions);
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Everything the task needs.
+pub(crate) struct Driver {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) connection: Connection,
+    pub(crate) registry: Registry,
+    pub(crate) record: Arc<JobRecord>,
+    pub(crate) worker: WorkerRef,
+    pub(crate) lease: Duration,
+    pub(crate) window_bytes: watch::Sender<u64>,
+    pub(crate) stop: CancellationToken,
+}
+
+/// End of something the task waited for.
+enum Done {
+    Published(ShardIndex, Round, u64, Result<(), PublishErrorKind>),
+    Asked(Option<(Vec<Head>, Vec<i64>)>),
+    Fetched(ShardIndex, Option<(Head, Ledger, Bytes)>),
+    Beat(Option<Result<(u64, u64), WireError>>),
+}
+
+type Work = FuturesUnordered<BoxFuture<'static, Done>>;
+
+impl Driver {
+    /// Runs until stopped or until nothing can ever come back.
+    pub(crate) async fn run(self, mut results: async_nats::Subscriber, mut rejects: async_nats::Subscriber) {
+        let mut work: Work = FuturesUnordered::new();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut beats =
+            tokio::time::interval((self.lease / 8).clamp(Duration::from_millis(50), Duration::from_secs(1)));
+        let mut connects = self.connection.connects();
+        connects.mark_unchanged();
+        let mut was_active = false;
+        loop {
+            let actions = tokio::select! {
+                message = results.next() => match message {
+                    Some(message) => self.result(&message),
+                    None => break,
+                },
+                Some(done) = work.next() => self.done(done),
+                () = self.shared.wake.notified() => Vec::new(),
+                message = rejects.next() => match message {
+                    Some(message) => self.reject(&message),
+                    None => break,
+                },
+                _ = ticks.tick() => self.shared.engine().tick(Instant::now()),
+                _ = beats.tick() => {
+                    work.push(self.beat());
+                    Vec::new()
+                }
+                changed = connects.changed() => {
+                    if changed.is_err() { break }
+                    self.shared.engine().reconnected(Instant::now())
+                }
+                () = self.stop.cancelled() => return,
+            };
+            let mut actions = actions;
+            actions.append(&mut lock(&self.shared.inbox));
+            self.perform(actions, &mut work).await;
+            let active = self.shared.engine().is_active();
+            if active && !was_active && self.idle_window() {
+                // Back from idleness: ask for bytes in flight at once.
+                work.push(self.beat());
+            }
+            was_active = active;
+            self.shared.changed.notify_waiters();
+        }
+        let text = "the connection to NATS was closed";
+        self.shared.engine().fail(WireError::new(ErrorCode::Unavailable, text));
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Whether the window is that of an idle worker.
+    fn idle_window(&self) -> bool {
+        let least = (self.record.layout.len(0) * 4) as u64;
+        *self.window_bytes.borrow() < 2 * least
+    }
+
+    async fn perform(&self, actions: Vec<Action>, work: &mut Work) {
+        for action in actions {
+            match action {
+                Action::Publish(shard, round, frame) => {
+                    let len = frame.len() as u64;
+                    self.shared.sent_bytes.fetch_add(len, Ordering::Relaxed);
+                    let partition = self.record.partition(shard);
+                    let subject = subjects::gradient(partition, &self.worker.key, self.worker.rank);
+                    // Handing over waits only for the connection's own queue.
+                    match self.connection.jetstream.publish(subject, frame).await {
+                        Ok(acknowledgement) => work.push(Box::pin(async move {
+                            let result = acknowledgement.await;
+                            Done::Published(shard, round, len, result.map(drop).map_err(|error| error.kind()))
+                        })),
+                        Err(error) => {
+                            let kind = error.kind();
+                            work.push(Box::pin(async move { Done::Published(shard, round, len, Err(kind)) }));
+                        }
+                    }
+                }
+                Action::Ask => work.push(self.ask()),
+                Action::Fetch(shard) => work.push(self.fetch(shard)),
+            }
+        }
+    }
+
+    fn result(&self, message: &async_nats::Message) -> Vec<Action> {
+        self.shared.received_bytes.fetch_add(message.payload.len() as u64, Ordering::Relaxed);
+        match frame::open::<ResultHeader>(Kind::Result, &message.payload) {
+            Ok((header, values)) if header.job == self.worker.job => self.take(header, values),
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                // The next question to the store brings it whole.
+                tracing::warn!(%error, "an unreadable result was ignored");
+                Vec::new()
+            }
+        }
+    }
+
+    fn take(&self, header: ResultHeader, values: Bytes) -> Vec<Action> {
+        if values.len() != self.record.layout.len(header.shard) * 4 {
+            tracing::warn!(
+                shard = header.shard,
+                bytes = values.len(),
+                "a result of the wrong size was ignored"
+            );
+            return Vec::new();
+        }
+        self.shared.engine().result(header.shard, header.head, header.ledger, values, Instant::now())
+    }
+
+    fn reject(&self, message: &async_nats::Message) -> Vec<Action> {
+        match frame::open::<Reject>(Kind::Reject, &message.payload) {
+            Ok((reject, _)) => {
+                tracing::debug!(error = %reject.error, "a contribution was not taken");
+                self.shared.engine().reject(reject, Instant::now())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "an unreadable reject was ignored");
+                Vec::new()
+            }
+        }
+    }
+
+    fn done(&self, done: Done) -> Vec<Action> {
+        let now = Instant::now();
+        let mut engine = self.shared.engine();
+        match done {
+            Done::Published(shard, round, len, Ok(())) => engine.confirmed(shard, round, len, now),
+            Done::Published(_, _, len, Err(PublishErrorKind::MaxPayloadExceeded)) => {
+                let text = format!(
+                    "a message of {len} bytes is larger than the NATS server allows: its max_payload was lowered \
+                     after the job was created; raise it again"
+                );
+                engine.fail(WireError::new(ErrorCode::Limit, text));
+                Vec::new()
+            }
+            Done::Published(shard, round, len, Err(kind)) => {
+                tracing::debug!(shard, round, %kind, "the broker did not take a message; trying again");
+                engine.refused(shard, round, len, rand::random(), now)
+            }
+            Done::Asked(Some((heads, streams))) => engine.heads(&heads, streams, now),
+            Done::Asked(None) | Done::Fetched(_, None) | Done::Beat(None) => Vec::new(),
+            Done::Fetched(shard, Some((head, ledger, values))) => {
+                if values.len() == self.record.layout.len(shard) * 4 {
+                    engine.result(shard, head, ledger, values, now)
+                } else {
+                    Vec::new()
+                }
+            }
+            Done::Beat(Some(Ok((window_bytes, roster_epoch)))) => {
+                self.window_bytes.send_replace(window_bytes);
+                engine.window(window_bytes, roster_epoch, now)
+            }
+            Done::Beat(Some(Err(error))) => {
+                engine.fail(error);
+                Vec::new()
+            }
+        }
+    }
+
+    fn beat(&self) -> BoxFuture<'static, Done> {
+        let active = self.shared.engine().is_active();
+        let beat = ApiRequest::Beat {
+            worker: self.worker.clone(),
+            window_bytes: *self.window_bytes.borrow(),
+            active,
+        };
+        let client = self.connection.client.clone();
+        Box::pin(async move {
+            let kinds = (Kind::ApiRequest, Kind::ApiReply);
+            let reply = request(&client, subjects::WORKER_BEAT, kinds, &beat, &[], REQUEST).await;
+            Done::Beat(match reply {
+                Ok((ApiReply::Beat { window_bytes, roster_epoch }, _)) => {
+                    Some(Ok((window_bytes, roster_epoch)))
+                }
+                Ok((ApiReply::Error(error), _)) if !error.is_retryable() => Some(Err(error)),
+                // No gateway for now: training goes on with the window we have.
+                _ => None,
+            })
+        })
+    }
+
+    fn ask(&self) -> BoxFuture<'static, Done> {
+        let (client, registry) = (self.connection.client.clone(), self.registry.clone());
+        let record = self.record.clone();
+        Box::pin(async move {
+            let heads = read_heads(&client, &record).await;
+            let streams = read_streams(&registry, &record).await;
+            Done::Asked(heads.ok().zip(streams))
+        })
+    }
+
+    fn fetch(&self, shard: ShardIndex) -> BoxFuture<'static, Done> {
+        let (client, record) = (self.connection.client.clone(), self.record.clone());
+        Box::pin(async move { Done::Fetched(shard, fetch(&client, &record, shard).await.ok()) })
+    }
+}
+
+/// When the stream of each shard was created.
+pub(crate) async fn read_streams(registry: &Registry, record: &JobRecord) -> Option<Vec<i64>> {
+    let (streams, _) = registry.get::<Streams>(STREAMS_KEY).await.ok()?;
+    let streams = streams?;
+    let created =
+        |shard| streams.created.get(usize::from(record.partition(shard))).copied().unwrap_or_default();
+    Some((0..record.layout.shards()).map(created).collect())
+}
+
+/// Asks the job's store.
+pub(crate) async fn ask_store(
+    client: &async_nats::Client,
+    record: &JobRecord,
+    query: StoreRequest,
+    payload: &[u8],
+) -> Result<(StoreReply, Bytes), WireError> {
+    let kinds = (Kind::StoreRequest, Kind::StoreReply);
+    match request(client, &subjects::store(record.store), kinds, &query, payload, REQUEST).await {
+        Ok((StoreReply::Error(error), _)) => Err(error),
+        Ok(reply) => Ok(reply),
+        Err(error) => Err(WireError::new(ErrorCode::Unavailable, format!("store: {error}"))),
+    }
+}
+
+/// Where all shards stand.
+pub(crate) async fn read_heads(
+    client: &async_nats::Client,
+    record: &JobRecord,
+) -> Result<Vec<Head>, WireError> {
+    let mut heads = Vec::new();
+    while (heads.len() as u64) < u64::from(record.layout.shards()) {
+        let first = u32::try_from(heads.len()).unwrap_or(u32::MAX);
+        let query = StoreRequest::Heads { job: record.incarnation, first, count: MAX_HEADS };
+        match ask_store(client, record, query, &[]).await? {
+            (StoreReply::Heads(more), _) if !more.is_empty() => heads.extend(more),
+            _ => return Err(WireError::new(ErrorCode::Malformed, "the store gave no heads")),
+        }
+    }
+    Ok(heads)
+}
+
+/// Reads one shard's parameters.
+pub(crate) async fn fetch(
+    client: &async_nats::Client,
+    record: &JobRecord,
+    shard: ShardIndex,
+) -> Result<(Head, Ledger, Bytes), WireError> {
+    let query = StoreRequest::Fetch { job: record.incarnation, shard, slots: false };
+    match ask_store(client, record, query, &[]).await? {
+        (StoreReply::State(head, ledger), values) => Ok((head, ledger, values)),
+        _ => Err(WireError::new(ErrorCode::Malformed, "the store gave no shard")),
+    }
+}

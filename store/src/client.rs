@@ -1,0 +1,145 @@
+//! The store over NATS.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use thalweg_broker::{RequestError, request};
+use thalweg_protocol::{
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Kind, Ledger, MAX_HEADS, Round, ShardIndex,
+    StoreId, StoreJob, StoreReply, StoreRequest, Version, subjects,
+};
+
+use crate::{ShardState, ShardStore, StoreError};
+
+/// Longest wait for a reply. A `disk` commit waits for two syncs, which a busy disk may draw out.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A store that some process on the same NATS serves. Requests are addressed to one data directory, so
+/// that an empty store in its place is never taken for it (rule P26).
+#[derive(Clone, Debug)]
+pub struct StoreClient {
+    client: async_nats::Client,
+    subject: String,
+}
+
+impl StoreClient {
+    /// Addresses the store with this identity.
+    #[must_use]
+    pub fn new(client: async_nats::Client, id: StoreId) -> Self {
+        Self { client, subject: subjects::store(id) }
+    }
+
+    async fn ask(&self, request_: StoreRequest, payload: &[u8]) -> Result<(StoreReply, Bytes), StoreError> {
+        let kinds = (Kind::StoreRequest, Kind::StoreReply);
+        match request(&self.client, &self.subject, kinds, &request_, payload, TIMEOUT).await {
+            Ok((StoreReply::Error(error), _)) if error.code == ErrorCode::Unavailable => {
+                Err(StoreError::Unavailable(error.message))
+            }
+            Ok((StoreReply::Error(error), _)) => Err(StoreError::Refused(error)),
+            Ok(reply) => Ok(reply),
+            Err(RequestError::Frame(_, error)) => Err(StoreError::Refused(error.to_wire())),
+            Err(error) => Err(StoreError::Unavailable(error.to_string())),
+        }
+    }
+}
+
+/// A reply of another kind than the request asks for: a bug on one of the two sides.
+fn unexpected(reply: &StoreReply) -> StoreError {
+    StoreError::refused(ErrorCode::Malformed, format!("unexpected reply of the store: {reply:?}"))
+}
+
+#[async_trait]
+impl ShardStore for StoreClient {
+    async fn create(&self, job: StoreJob) -> Result<(), StoreError> {
+        match self.ask(StoreRequest::Create(job), &[]).await? {
+            (StoreReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn upload(
+        &self,
+        job: Incarnation,
+        upload: Incarnation,
+        shard: ShardIndex,
+        parameters: Bytes,
+    ) -> Result<(), StoreError> {
+        match self.ask(StoreRequest::Upload { job, upload, shard }, &parameters).await? {
+            (StoreReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn activate(&self, job: Incarnation, upload: Incarnation) -> Result<(), StoreError> {
+        match self.ask(StoreRequest::Activate { job, upload }, &[]).await? {
+            (StoreReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn heads(&self, job: Incarnation, first: ShardIndex, count: u32) -> Result<Vec<Head>, StoreError> {
+        let mut heads = Vec::new();
+        loop {
+            let first = first.saturating_add(u32::try_from(heads.len()).unwrap_or(u32::MAX));
+            let wanted = (u64::from(count) - heads.len() as u64).min(u64::from(MAX_HEADS));
+            let query = StoreRequest::Heads { job, first, count: u32::try_from(wanted).unwrap_or(MAX_HEADS) };
+            let got = match self.ask(query, &[]).await? {
+                (StoreReply::Heads(got), _) => got,
+                (other, _) => return Err(unexpected(&other)),
+            };
+            let end = (got.len() as u64) < wanted;
+            heads.extend(got);
+            if end || heads.len() as u64 >= u64::from(count) {
+                return Ok(heads);
+            }
+        }
+    }
+
+    async fn fetch(
+        &self,
+        job: Incarnation,
+        shard: ShardIndex,
+        slots: bool,
+    ) -> Result<ShardState, StoreError> {
+        match self.ask(StoreRequest::Fetch { job, shard, slots }, &[]).await? {
+            (StoreReply::State(head, ledger), values) => Ok(ShardState { head, ledger, values }),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<(Head, Ledger), StoreError> {
+        match self.ask(StoreRequest::FetchHead { job, shard }, &[]).await? {
+            (StoreReply::State(head, ledger), _) => Ok((head, ledger)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn commit(&self, commit: Commit, state: Bytes) -> Result<CommitOutcome, StoreError> {
+        match self.ask(StoreRequest::Commit(commit), &state).await? {
+            (StoreReply::Commit(outcome), _) => Ok(outcome),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn fence(&self, job: Incarnation, epoch: Epoch, from_round: Round) -> Result<Version, StoreError> {
+        match self.ask(StoreRequest::Fence { job, epoch, from_round }, &[]).await? {
+            (StoreReply::Fenced(version), _) => Ok(version),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn delete(&self, job: Incarnation) -> Result<(), StoreError> {
+        match self.ask(StoreRequest::Delete { job }, &[]).await? {
+            (StoreReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<StoreJob>, StoreError> {
+        match self.ask(StoreRequest::List, &[]).await? {
+            (StoreReply::Jobs(jobs), _) => Ok(jobs),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+}

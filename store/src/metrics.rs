@@ -1,0 +1,52 @@
+//! Metrics of the store.
+
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_histogram, histogram};
+use thalweg_protocol::CommitOutcome;
+
+const COMMITS: &str = "thalweg_store_commits_total";
+const COMMIT_BYTES: &str = "thalweg_store_commit_bytes_total";
+const REFUSALS: &str = "thalweg_store_refusals_total";
+const TORN: &str = "thalweg_store_torn_slots_total";
+const FLUSHES: &str = "thalweg_store_flush_seconds";
+const SLOT_WAITS: &str = "thalweg_store_slot_waits_total";
+
+/// Describes the metrics; call once a recorder is installed.
+pub fn describe() {
+    describe_counter!(COMMITS, "Commits by outcome");
+    describe_counter!(COMMIT_BYTES, "Bytes of state committed");
+    describe_counter!(REFUSALS, "Requests refused, by code");
+    describe_counter!(TORN, "Slots found torn and set aside");
+    describe_histogram!(FLUSHES, "Duration of flush cycles that had something to flush");
+    describe_counter!(SLOT_WAITS, "Commits that had to wait for a flush cycle to free a slot");
+}
+
+pub(crate) fn committed(outcome: &CommitOutcome, bytes: usize) {
+    let name = match outcome {
+        CommitOutcome::Committed(_) => "committed",
+        CommitOutcome::AlreadyCommitted(_) => "already_committed",
+        CommitOutcome::Conflict(_) => "conflict",
+        CommitOutcome::StaleRoster { .. } => "stale_roster",
+    };
+    counter!(COMMITS, "outcome" => name).increment(1);
+    if matches!(outcome, CommitOutcome::Committed(_)) {
+        counter!(COMMIT_BYTES).increment(bytes as u64);
+    }
+}
+
+pub(crate) fn refused(code: thalweg_protocol::ErrorCode) {
+    counter!(REFUSALS, "code" => code.as_str()).increment(1);
+}
+
+pub(crate) fn torn_slot() {
+    counter!(TORN).increment(1);
+}
+
+pub(crate) fn flush_cycle(duration: Duration) {
+    histogram!(FLUSHES).record(duration.as_secs_f64());
+}
+
+pub(crate) fn slot_wait() {
+    counter!(SLOT_WAITS).increment(1);
+}

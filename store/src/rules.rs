@@ -1,0 +1,148 @@
+//! What a commit does, decided without I/O; both backends obey this one function.
+
+use thalweg_protocol::{
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Ledger, Round, ShardIndex, StoreJob, Version, checksum,
+};
+
+use crate::StoreError;
+
+/// Outcome of looking at a commit before anything is written.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// Write the state; the shard then stands at this head.
+    Write {
+        /// The new head.
+        next: Head,
+        /// Checksum of the new state, for its slot.
+        state_checksum: u64,
+    },
+    /// Nothing to write.
+    Done(CommitOutcome),
+}
+
+/// Decides about `commit` for a shard that stands at `current` with `ledger`.
+pub(crate) fn admit(current: &Head, fences: &Fences, commit: &Commit, state: &[u8]) -> Admission {
+    let state_checksum = checksum(&[state]);
+    let next = commit.expect.next(&commit.ledger, commit.function, state_checksum);
+    if next == *current {
+        return Admission::Done(CommitOutcome::AlreadyCommitted(*current));
+    }
+    if commit.expect != *current || commit.ledger.round != current.version + 1 {
+        return Admission::Done(CommitOutcome::Conflict(*current));
+    }
+    let needed = fences.needed(commit.ledger.round);
+    if commit.ledger.roster_epoch < needed {
+        return Admission::Done(CommitOutcome::StaleRoster { needed });
+    }
+    Admission::Write { next, state_checksum }
+}
+
+/// Refuses commits and uploads that do not fit the job's description.
+pub(crate) fn check_shape(
+    job: &StoreJob,
+    shard: ShardIndex,
+    len: usize,
+    wanted: usize,
+) -> Result<(), StoreError> {
+    if shard >= job.layout.shards() {
+        let text = format!("shard {shard} of {}: the job has {} shards", job.key, job.layout.shards());
+        return Err(StoreError::refused(ErrorCode::WrongShape, text));
+    }
+    if len != wanted {
+        let text = format!("shard {shard} of {}: {len} bytes where {wanted} are expected", job.key);
+        return Err(StoreError::refused(ErrorCode::WrongShape, text));
+    }
+    Ok(())
+}
+
+/// Refuses ledgers that a slot header has no room for.
+pub(crate) fn check_ledger(job: &StoreJob, ledger: &Ledger) -> Result<(), StoreError> {
+    match ledger.counted.iter().chain(ledger.void.iter()).find(|&rank| rank >= job.max_members) {
+        Some(rank) => {
+            let text = format!("rank {rank} in a ledger of {}: max_members is {}", job.key, job.max_members);
+            Err(StoreError::refused(ErrorCode::Limit, text))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The refusal for a job that is not in the store.
+pub(crate) fn gone(job: thalweg_protocol::Incarnation) -> StoreError {
+    StoreError::refused(ErrorCode::Gone, format!("job incarnation {job} is not in this store"))
+}
+
+/// The refusal for a job without initial parameters.
+pub(crate) fn not_ready(job: &StoreJob) -> StoreError {
+    StoreError::refused(
+        ErrorCode::NotReady,
+        format!("job {} waits for initial parameters: rank 0 uploads them when it joins", job.key),
+    )
+}
+
+/// Where a shard of a job that starts from zeros stands before its first round.
+pub(crate) fn zero_head(job: &StoreJob, shard: ShardIndex) -> Head {
+    Head::initial(job.incarnation.0, shard, 0)
+}
+
+/// A ledger that says that nothing has been counted.
+pub(crate) fn empty_ledger() -> Ledger {
+    Ledger::default()
+}
+
+/// Roster epochs that commits need, by first round (the hard edge of rule P4).
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Fences(Vec<(Round, Epoch)>);
+
+impl Fences {
+    /// Oldest epoch that may close `round`.
+    pub(crate) fn needed(&self, round: Round) -> Epoch {
+        self.0.iter().filter(|(from, _)| *from <= round).map(|(_, epoch)| *epoch).max().unwrap_or(0)
+    }
+
+    /// Adds a fence. Fences that every later round passes anyway are merged, so the list stays as
+    /// short as the number of fences ahead of the slowest shard.
+    pub(crate) fn add(&mut self, from_round: Round, epoch: Epoch, min_version: Version) {
+        self.0.push((from_round, epoch));
+        let passed = self.needed(min_version + 1);
+        self.0.retain(|(from, _)| *from > min_version + 1);
+        if passed > 0 {
+            self.0.push((min_version + 1, passed));
+        }
+        // A later fence of an epoch that is not newer says nothing new.
+        self.0.sort_unstable_by_key(|&(from, epoch)| (from, Epoch::MAX - epoch));
+        let mut newest = 0;
+        self.0.retain(|&(_, epoch)| {
+            let says_more = epoch > newest;
+            newest = newest.max(epoch);
+            says_more
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fences_apply_from_their_round_and_stay_few() {
+        let mut fences = Fences::default();
+        assert_eq!(fences.needed(7), 0);
+        fences.add(5, 2, 0);
+        assert_eq!((fences.needed(4), fences.needed(5)), (0, 2));
+        fences.add(9, 3, 4);
+        assert_eq!((fences.needed(5), fences.needed(8), fences.needed(9)), (2, 2, 3));
+        for round in 10..1000 {
+            fences.add(round + 1, round, round - 1);
+            assert_eq!(fences.needed(round + 1), round);
+        }
+        assert!(fences.0.len() <= 3, "{fences:?}");
+        // Both of two fences that are ahead are asked for again and again.
+        let mut fences = Fences::default();
+        for _ in 0..1000 {
+            fences.add(5, 2, 0);
+            fences.add(9, 3, 0);
+            fences.add(7, 2, 0);
+        }
+        assert_eq!(fences.0, [(5, 2), (9, 3)]);
+    }
+}

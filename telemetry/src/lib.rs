@@ -1,0 +1,19 @@
+//! Process scaffolding of Thalweg: what every component needs around its work, and nothing of the
+//! work itself.
+//!
+//! * [`config`]: defaults, file, environment and overrides, merged into one typed value;
+//! * [`logs`]: lines for people on a terminal, JSON for machines everywhere else;
+//! * [`metrics`]: the Prometheus recorder, with real histograms;
+//! * [`health`]: which components are ready, and what the others wait for;
+//! * [`admin`]: `/livez`, `/readyz` and `/metrics` over HTTP;
+//! * [`shutdown`]: the first signal drains, the second one exits.
+//!
+//! This crate depends on no other crate of the project, and is the only one that knows the
+//! Prometheus exporter: the others record through the `metrics` facade.
+
+pub mod admin;
+pub mod config;
+pub mod health;
+pub mod logs;
+pub mod metrics;
+pub mod shutdown;

@@ -1,0 +1,163 @@
+//! Arguments.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use thalweg_telemetry::config::{Loader, dump, parse_override};
+
+use crate::{bench, config::Config, demo, services, up};
+
+/// Elastic, exactly-once aggregation of gradients.
+///
+/// Start with `thalweg demo`: it runs everything on this machine and trains a small model with four
+/// worker processes. `thalweg up` is the same service for your own training loops. On several machines,
+/// run `gateway`, `store`, `autoscaler` and `invoker` against one NATS server, in any order.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Everything on this machine: nats-server, gateway, store, autoscaler and invokers
+    Up(Common),
+    /// Jobs, rosters and windows, for the SDK over NATS and for people over HTTP
+    Gateway(Common),
+    /// Shard state on this machine's disk
+    Store(StoreArgs),
+    /// One function host; usually started by the autoscaler
+    Invoker(InvokerArgs),
+    /// Starts and stops invokers by queue depth, and places partitions on them
+    Autoscaler(Common),
+    /// Trains a model on handwritten digits with worker processes through an embedded service
+    Demo(demo::Args),
+    /// Measures all-reduce and the store, with results checked
+    Bench(bench::Args),
+    #[command(hide = true)]
+    DemoWorker(demo::WorkerArgs),
+    #[command(hide = true)]
+    BenchWorker(bench::WorkerArgs),
+    #[command(hide = true)]
+    BenchFolder(bench::FolderArgs),
+}
+
+/// Flags of every service.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// TOML file; see docs/thalweg.toml for every key with its default
+    #[arg(long, short, env = "THALWEG_CONFIG")]
+    config: Option<PathBuf>,
+    /// NATS server, such as nats://127.0.0.1:4222
+    #[arg(long, env = "THALWEG_URL")]
+    nats_url: Option<String>,
+    /// Address of /livez, /readyz and /metrics; port 0 takes a free one
+    #[arg(long)]
+    admin: Option<String>,
+    /// Any key of the configuration, for example --set autoscaler.policy.max_invokers=8
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
+    overrides: Vec<(String, String)>,
+    /// Print the configuration that would be used, as TOML, and stop
+    #[arg(long)]
+    dump_config: bool,
+}
+
+#[derive(Debug, Args)]
+struct StoreArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Data directory
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// Give up the jobs of the data directory that is registered, and register this one instead
+    #[arg(long)]
+    replace: bool,
+}
+
+#[derive(Debug, Args)]
+struct InvokerArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Id; two invokers must not share one
+    #[arg(long)]
+    id: Option<String>,
+}
+
+impl Common {
+    /// The configuration in force, or `None` when it was only to be printed.
+    fn load(&self, more: &[(&str, Option<String>)]) -> anyhow::Result<Option<Config>> {
+        let flags = [("nats.url", self.nats_url.clone()), ("admin.listen", self.admin.clone())];
+        let flags = flags.into_iter().chain(more.iter().cloned());
+        let flags = flags.filter_map(|(key, value)| Some((key.to_owned(), value?)));
+        let overrides = self.overrides.iter().cloned().chain(flags).collect();
+        let config: Config = Loader::new("THALWEG").file(self.config.clone()).overrides(overrides).load()?;
+        if self.dump_config {
+            use std::io::Write as _;
+            std::io::stdout().write_all(dump(&config)?.as_bytes())?;
+            return Ok(None);
+        }
+        thalweg_telemetry::logs::init(&config.log.filter, config.log.format)?;
+        Ok(Some(config))
+    }
+
+    /// The file and overrides, for a child that shall see the same configuration.
+    pub(crate) fn forwarded(&self) -> Vec<String> {
+        let file = self.config.iter().flat_map(|path| ["--config".to_owned(), path.display().to_string()]);
+        let sets =
+            self.overrides.iter().flat_map(|(key, value)| ["--set".to_owned(), format!("{key}={value}")]);
+        let url = self.nats_url.iter().flat_map(|url| ["--nats-url".to_owned(), url.clone()]);
+        file.chain(sets).chain(url).collect()
+    }
+}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// With the whole story, for people.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Up(common) => {
+                let Some(config) = common.load(&[])? else { return Ok(()) };
+                runtime()?.block_on(up::main(config))
+            }
+            Command::Gateway(common) => {
+                let Some(config) = common.load(&[])? else { return Ok(()) };
+                runtime()?.block_on(services::gateway(config))
+            }
+            Command::Store(args) => {
+                let data_dir = args.data_dir.map(|path| path.display().to_string());
+                let replace = args.replace.then(|| "true".to_owned());
+                let more = [("store.data_dir", data_dir), ("store.replace", replace)];
+                let Some(config) = args.common.load(&more)? else { return Ok(()) };
+                runtime()?.block_on(services::store(config))
+            }
+            Command::Invoker(args) => {
+                let Some(config) = args.common.load(&[("invoker.id", args.id)])? else { return Ok(()) };
+                // One invoker is one thread: its CPU quota is measured on it.
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                runtime.block_on(services::invoker(config))
+            }
+            Command::Autoscaler(common) => {
+                let Some(config) = common.load(&[])? else { return Ok(()) };
+                let forwarded = common.forwarded();
+                runtime()?.block_on(services::autoscaler(config, forwarded))
+            }
+            Command::Demo(args) => runtime()?.block_on(demo::run(args)),
+            Command::Bench(args) => bench::run(args),
+            Command::DemoWorker(args) => runtime()?.block_on(demo::worker(args)),
+            Command::BenchWorker(args) => bench::worker(args),
+            Command::BenchFolder(args) => bench::folder(args),
+        }
+    }
+}
+
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+}

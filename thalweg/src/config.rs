@@ -1,0 +1,112 @@
+//! Configuration of all components in one tree: defaults, one TOML file, environment, flags.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thalweg_broker::{NatsConfig, StreamsConfig};
+use thalweg_telemetry::logs::LogFormat;
+
+/// Everything that can be set. Environment: `THALWEG__SECTION__KEY`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The NATS server that connects all components.
+    pub nats: NatsConfig,
+    /// The work queues; the same for gateway and autoscaler.
+    pub streams: StreamsConfig,
+    /// The gateway.
+    pub gateway: thalweg_gateway::Config,
+    /// The store.
+    pub store: thalweg_store::Config,
+    /// Invokers.
+    pub invoker: thalweg_invoker::Config,
+    /// The autoscaler.
+    pub autoscaler: Autoscaler,
+    /// The embedded broker of `thalweg up`.
+    pub embedded: Embedded,
+    /// Health and metrics.
+    pub admin: Admin,
+    /// Logs.
+    pub log: Log,
+}
+
+/// The autoscaler and how it starts invokers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Autoscaler {
+    /// How invokers are started and stopped.
+    pub actuator: Actuator,
+    /// The policy.
+    pub policy: thalweg_autoscaler::Config,
+}
+
+/// How invokers are started and stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Actuator {
+    /// As threads of `thalweg up`; as processes of `thalweg autoscaler`.
+    #[default]
+    Auto,
+    /// As processes on this host.
+    Process,
+    /// Not at all: whoever runs `thalweg invoker` is given work.
+    External,
+}
+
+/// The embedded nats-server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Embedded {
+    /// The nats-server binary; by default `THALWEG_NATS_SERVER`, else the one on PATH.
+    pub nats_server: Option<PathBuf>,
+    /// Its port on 127.0.0.1; 0 takes a free one. Default 4222.
+    pub port: u16,
+    /// Where it keeps the registry. Default `thalweg-data/nats`.
+    pub data_dir: PathBuf,
+    /// Memory for work queues, bytes. Default 2 GiB: the window budget and headroom.
+    pub max_memory_bytes: u64,
+    /// Sync every write of the registry to disk; durability level `disk` needs it. Default false.
+    pub sync_always: bool,
+}
+
+impl Default for Embedded {
+    fn default() -> Self {
+        Self {
+            nats_server: None,
+            port: 4222,
+            data_dir: PathBuf::from("thalweg-data/nats"),
+            max_memory_bytes: 2 << 30,
+            sync_always: false,
+        }
+    }
+}
+
+/// Health and metrics.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Admin {
+    /// Address of /livez, /readyz and /metrics; port 0 takes a free one. Default 127.0.0.1:9600.
+    pub listen: SocketAddr,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9600)) }
+    }
+}
+
+/// Logs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// What is logged, in the syntax of tracing's EnvFilter. Default `info,async_nats=warn`.
+    pub filter: String,
+    /// `auto`, `human` or `json`; auto is human on a terminal. Default auto.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { filter: "info,async_nats=warn,sled=warn".to_owned(), format: LogFormat::Auto }
+    }
+}

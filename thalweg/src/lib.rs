@@ -1,0 +1,12 @@
+//! The one binary of Thalweg, as a library: configuration, the services' hosts, the embedded broker,
+//! the demo and the benchmarks. `main.rs` only parses arguments.
+
+pub mod bench;
+pub mod cli;
+pub mod config;
+pub mod demo;
+mod host;
+pub mod nats;
+mod process;
+pub mod services;
+pub mod up;

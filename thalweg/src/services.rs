@@ -1,0 +1,148 @@
+//! One service a process.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use thalweg_autoscaler::{Actuator, ExternalActuator, ProcessActuator};
+use thalweg_broker::{Connection, Registry, Report};
+use thalweg_protocol::{STORE_KEY, StoreRecord};
+use thalweg_store::{LocalStore, OpenOptions, ShardStore, StoreClient};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{self, Config},
+    host::Host,
+};
+
+/// Connects; `None` when told to stop before NATS was there.
+async fn connect(config: &Config, name: &str, host: &Host) -> anyhow::Result<Option<Connection>> {
+    Connection::open(name, &config.nats, &host.shutdown).await.context("connecting to NATS")
+}
+
+/// `thalweg gateway`.
+///
+/// # Errors
+/// What waiting cannot cure.
+pub async fn gateway(config: Config) -> anyhow::Result<()> {
+    let host = Host::open(&config, &["gateway"]).await?;
+    if let Some(connection) = connect(&config, "thalweg-gateway", &host).await? {
+        let report = host.report("gateway");
+        thalweg_gateway::run(config.gateway, config.streams, connection, report, host.shutdown.clone())
+            .await?;
+    }
+    host.close().await;
+    Ok(())
+}
+
+/// Opens the data directory off the async threads.
+pub(crate) async fn open_store(config: &thalweg_store::Config) -> anyhow::Result<LocalStore> {
+    let (path, flush) = (config.data_dir.clone(), config.flush_interval());
+    let shown = path.clone();
+    tokio::task::spawn_blocking(move || LocalStore::open(OpenOptions::directory(&path, flush)?))
+        .await?
+        .with_context(|| format!("opening the store in {}", shown.display()))
+}
+
+/// `thalweg store`.
+///
+/// # Errors
+/// What waiting cannot cure.
+pub async fn store(config: Config) -> anyhow::Result<()> {
+    let host = Host::open(&config, &["store"]).await?;
+    let local = open_store(&config.store).await?;
+    if let Some(connection) = connect(&config, "thalweg-store", &host).await? {
+        let report = host.report("store");
+        thalweg_store::run(config.store, connection, local, report, host.shutdown.clone()).await?;
+    }
+    host.close().await;
+    Ok(())
+}
+
+/// `thalweg invoker`.
+///
+/// # Errors
+/// What waiting cannot cure.
+pub async fn invoker(config: Config) -> anyhow::Result<()> {
+    let host = Host::open(&config, &["invoker"]).await?;
+    if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
+        let report = host.report("invoker");
+        if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
+            thalweg_invoker::run(config.invoker, connection, store, report, host.shutdown.clone())
+                .await
+                .map_err(anyhow::Error::from_boxed)?;
+        }
+    }
+    host.close().await;
+    Ok(())
+}
+
+/// The registered store, waiting until there is one.
+async fn find_store(
+    connection: &Connection,
+    report: &Report,
+    shutdown: &CancellationToken,
+) -> Option<Arc<dyn ShardStore>> {
+    report(Some("waiting for a store to register"));
+    let mut reported = false;
+    loop {
+        let found = match Registry::open(&connection.jetstream).await {
+            Ok(registry) => registry.get::<StoreRecord>(STORE_KEY).await.map(|(record, _)| record),
+            Err(error) => Err(error),
+        };
+        match found {
+            Ok(Some(record)) => {
+                return Some(Arc::new(StoreClient::new(connection.client.clone(), record.id)));
+            }
+            Ok(None) if !reported => {
+                tracing::info!("waiting for a store: start `thalweg store`");
+                reported = true;
+            }
+            Ok(None) => {}
+            Err(error) => tracing::debug!(%error, "registry not read"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            () = shutdown.cancelled() => return None,
+        }
+    }
+}
+
+/// `thalweg autoscaler`; `forwarded` are the arguments that make its invokers see the same configuration.
+///
+/// # Errors
+/// What waiting cannot cure.
+pub async fn autoscaler(config: Config, forwarded: Vec<String>) -> anyhow::Result<()> {
+    let host = Host::open(&config, &["autoscaler"]).await?;
+    if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
+        let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
+            config::Actuator::External => Box::new(ExternalActuator::default()),
+            config::Actuator::Auto | config::Actuator::Process => {
+                let program = std::env::current_exe().context("finding this program")?;
+                Box::new(process_actuator(&program, &config, &forwarded))
+            }
+        };
+        let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
+        let report = host.report("autoscaler");
+        let policy = config.autoscaler.policy;
+        let shutdown = host.shutdown.clone();
+        thalweg_autoscaler::run(policy, config.streams, connection, actuator, report, status, shutdown)
+            .await?;
+    }
+    host.close().await;
+    Ok(())
+}
+
+/// Invokers as children of this process.
+pub(crate) fn process_actuator(program: &Path, config: &Config, forwarded: &[String]) -> ProcessActuator {
+    let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
+    args.push("127.0.0.1:0".into());
+    args.extend(["--nats-url".into(), config.nats.url.clone()]);
+    let mut forwarded = forwarded.iter();
+    while let Some(flag) = forwarded.next() {
+        let value = forwarded.next().cloned().unwrap_or_default();
+        if flag != "--nats-url" {
+            args.extend([flag.clone(), value]);
+        }
+    }
+    ProcessActuator::new(program, args, Duration::from_millis(config.autoscaler.policy.drain_timeout_ms))
+}
