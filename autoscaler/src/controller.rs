@@ -131,8 +131,9 @@ impl Controller {
 
     /// The actuator could not start this invoker.
     pub fn not_started(&mut self, id: &str, now: Millis) {
-        self.fleet.end(id);
-        self.start_failed(now);
+        if self.fleet.end(id).is_some() {
+            self.start_failed(now);
+        }
     }
 
     fn start_failed(&mut self, now: Millis) {

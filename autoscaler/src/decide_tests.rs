@@ -196,7 +196,7 @@ proptest! {
         let history = history(target, samples.clone(), &config);
         let now = samples.last().map_or(0, |last| last.at) + later;
         let decision = decide(&history, now, &config);
-        prop_assert_eq!(decision, decide(&history.clone(), now, &config));
+        prop_assert_eq!(decision, decide(&history, now, &config));
 
         let fresh = samples.last().filter(|last| now - last.at <= config.stale_after());
         let Some(last) = fresh else {

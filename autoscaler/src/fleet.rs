@@ -133,8 +133,7 @@ impl Fleet {
         let mut load = Load { busy: 0.0, waiting_for_round: 0.0, service_bytes_per_s: None };
         let (mut rates, mut measured) = (0.0, 0.0);
         for beat in self.members.values().filter_map(|invoker| invoker.fresh_beat(now)) {
-            // `max` and `min` also turn what is not a number into a number.
-            let busy = beat.busy.max(0.0).min(1.0);
+            let busy = if beat.busy.is_nan() { 0.0 } else { beat.busy.clamp(0.0, 1.0) };
             load.busy += busy;
             load.waiting_for_round += beat.held_messages as f64 * (1.0 - busy);
             if beat.service_bytes_per_s.is_finite() && beat.service_bytes_per_s > 0.0 {

@@ -98,7 +98,7 @@ proptest! {
             prop_assert!(after.partitions.iter().all(|placed| placed.holder.is_some()));
         }
 
-        let mut old = before.clone();
+        let mut old = before;
         old.partitions.resize(total, PlacedPartition::default());
         let mut stayed = 0;
         for (index, (was, is)) in old.partitions.iter().zip(&after.partitions).enumerate() {
@@ -127,6 +127,6 @@ proptest! {
             prop_assert_eq!(stayed, best);
         }
 
-        prop_assert_eq!(place(&after, &members, partitions), after.clone());
+        prop_assert_eq!(place(&after, &members, partitions), after);
     }
 }

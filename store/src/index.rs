@@ -6,6 +6,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -144,6 +145,9 @@ const QUARANTINE: u8 = b'q';
 const OPENED: &[u8] = b"opened";
 /// sled's cache; the index of a 1 GiB model is about 100 KiB.
 const CACHE_BYTES: u64 = 8 << 20;
+/// How long to wait for the lock of an earlier owner: sled's threads hold it for a moment after the last
+/// handle is dropped.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 impl SledIndex {
     /// Opens or creates the index in `path`.
@@ -151,32 +155,38 @@ impl SledIndex {
     /// # Errors
     /// When another process has it open (the message says so), or the file system fails.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let db = sled::Config::new()
+        let config = sled::Config::new()
             .path(path)
             .cache_capacity(CACHE_BYTES)
             // Our flush cycle decides when; sled's own timer would only add input and output.
-            .flush_every_ms(None)
-            .open()
-            .map_err(|error| match error {
-                sled::Error::Io(error)
-                    if error.kind() == io::ErrorKind::WouldBlock || error.to_string().contains("lock") =>
-                {
-                    io::Error::new(
-                        io::ErrorKind::ResourceBusy,
-                        format!(
+            .flush_every_ms(None);
+        let begun = Instant::now();
+        let db = loop {
+            match config.open() {
+                Ok(db) => break db,
+                Err(sled::Error::Io(error)) if is_lock(&error) => {
+                    if begun.elapsed() > LOCK_PATIENCE {
+                        let text = format!(
                             "{} is in use by another process: a data directory has one store",
                             path.display()
-                        ),
-                    )
+                        );
+                        return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
                 }
-                other => io::Error::other(format!("{}: {other}", path.display())),
-            })?;
+                Err(error) => return Err(io::Error::other(format!("{}: {error}", path.display()))),
+            }
+        };
         Ok(Self { db, path: path.to_owned(), known: Mutex::default() })
     }
 
     fn durable_key(job: Incarnation, shard: ShardIndex) -> Vec<u8> {
         [&[DURABLE], job.0.as_slice(), &shard.to_be_bytes()].concat()
     }
+}
+
+fn is_lock(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || error.to_string().contains("lock")
 }
 
 fn corrupt(key: &[u8]) -> io::Error {

@@ -159,33 +159,6 @@ impl Slab {
         Ok(Some(slab))
     }
 
-    /// Finds the uploads that were stored before the file was opened again.
-    fn find_staged(&self) -> io::Result<()> {
-        for shard in &self.shards {
-            let mut shard = lock(shard);
-            while let Some(index) = shard.newest_upload() {
-                if self.check_slot(&mut shard, index)? {
-                    self.rewrite(&shard, index)?;
-                    shard.staged = Some(index);
-                    break;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes a slot again as it is: the kernel may hold it as clean without its bytes being on disk, for
-    /// example after a sync that failed (rule P25).
-    fn rewrite(&self, shard: &Shard, index: u32) -> io::Result<()> {
-        let slot = shard.slots.iter().find(|slot| slot.index == index);
-        let Some(header) = slot.and_then(|slot| slot.header.as_ref()) else { return Ok(()) };
-        let offset = self.offset(index);
-        match slot::read_state(&*self.file, self.geometry, offset, header)? {
-            Some(state) => slot::write(&*self.file, self.geometry, offset, header, &state),
-            None => Ok(()),
-        }
-    }
-
     /// Changes the superblock on disk, then in memory. Nothing is synced.
     fn change_superblock(&self, common: &mut Common, change: impl FnOnce(&mut Superblock)) -> io::Result<()> {
         let mut superblock = common.superblock.clone();

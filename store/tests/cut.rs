@@ -7,10 +7,7 @@ mod support;
 
 use std::{
     collections::BTreeSet,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
 };
 
 use rand::{RngExt as _, seq::SliceRandom as _};
@@ -187,39 +184,39 @@ fn a_missing_sync_of_the_index_is_noticed() {
 #[test]
 fn cuts_stay_whole_under_concurrent_commits() {
     const SHARDS: u32 = 1024;
+    const ROUNDS: u32 = 40;
     let machine = Machine::new(0);
     let layout = thalweg_protocol::Layout { elements: u64::from(SHARDS), shard_elements: 1 };
     let mut history = History::new(StoreJob { layout, slots: 0, ..small() });
     life(async || {
         let store = machine.open().unwrap();
         store.create(history.job.clone()).await.unwrap();
-        let done = Arc::new(AtomicBool::new(false));
-        let cycles = tokio::task::spawn_blocking({
-            let (store, index, done) = (store.clone(), machine.index.clone(), done.clone());
-            move || {
-                while !done.load(Ordering::SeqCst) {
-                    store.flush().unwrap();
-                    let pointers = index.load().unwrap().durable;
-                    let versions: BTreeSet<_> = pointers.values().map(|pointer| pointer.version).collect();
-                    let whole = pointers.is_empty() || pointers.len() == SHARDS as usize;
-                    if !whole || versions.len() > 1 {
-                        return Err(format!("{} pointers at versions {versions:?}", pointers.len()));
-                    }
-                }
-                Ok(())
-            }
-        });
-        for _ in 0..30 {
-            // Against the order in which a cycle walks.
+        let mut cycle = None;
+        for round in 1..=ROUNDS {
+            // Against the order in which a cycle walks, one that begins when the round is about to end.
             for shard in (0..SHARDS).rev() {
+                if shard == round % 8 {
+                    let (store, index) = (store.clone(), machine.index.clone());
+                    cycle = Some(tokio::task::spawn_blocking(move || {
+                        store.flush().unwrap();
+                        let pointers = index.load().unwrap().durable;
+                        let versions: BTreeSet<_> =
+                            pointers.values().map(|pointer| pointer.version).collect();
+                        let whole = pointers.is_empty() || pointers.len() == SHARDS as usize;
+                        assert!(whole && versions.len() <= 1, "{} pointers at {versions:?}", pointers.len());
+                    }));
+                }
                 let (commit, values) = history.next(shard);
                 history.returned(shard, &store.commit(commit, values).await.unwrap());
+                if shard == SHARDS / 2
+                    && let Some(cycle) = cycle.take()
+                {
+                    cycle.await.unwrap();
+                }
             }
         }
-        done.store(true, Ordering::SeqCst);
-        cycles.await.unwrap().unwrap();
         flush(&store).await.unwrap();
-        cut(&machine, &history, 30).unwrap();
+        cut(&machine, &history, ROUNDS as usize).unwrap();
     });
 }
 

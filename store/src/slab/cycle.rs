@@ -4,8 +4,8 @@ use std::io;
 
 use thalweg_protocol::{Durability, ShardIndex};
 
-use super::{Slab, lock};
-use crate::{StoreError, index::Durable};
+use super::{Slab, lock, pool::Shard};
+use crate::{StoreError, index::Durable, slot};
 
 impl Slab {
     /// Pins what the flush cycle shall make durable: for `process` the least version of all shards, so
@@ -111,5 +111,32 @@ impl Slab {
         self.change_superblock(&mut lock(&self.common), |_| {})?;
         // No cycle covers the superblock, and what it says may be seen as soon as the store serves.
         if self.job.durability == Durability::Disk { self.sync() } else { Ok(()) }
+    }
+
+    /// Finds the uploads that were stored before the file was opened again.
+    pub(super) fn find_staged(&self) -> io::Result<()> {
+        for shard in &self.shards {
+            let mut shard = lock(shard);
+            while let Some(index) = shard.newest_upload() {
+                if self.check_slot(&mut shard, index)? {
+                    self.rewrite(&shard, index)?;
+                    shard.staged = Some(index);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a slot again as it is: the kernel may hold it as clean without its bytes being on disk, for
+    /// example after a sync that failed (rule P25).
+    fn rewrite(&self, shard: &Shard, index: u32) -> io::Result<()> {
+        let slot = shard.slots.iter().find(|slot| slot.index == index);
+        let Some(header) = slot.and_then(|slot| slot.header.as_ref()) else { return Ok(()) };
+        let offset = self.offset(index);
+        match slot::read_state(&*self.file, self.geometry, offset, header)? {
+            Some(state) => slot::write(&*self.file, self.geometry, offset, header, &state),
+            None => Ok(()),
+        }
     }
 }
