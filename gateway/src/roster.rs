@@ -47,7 +47,9 @@ pub fn claim(
                 format!("this worker held rank {} and lost it: join again as a new worker", tenure.rank);
             return Err(WireError::new(ErrorCode::LeaseLost, text));
         }
-        return Ok(Claimed { roster: None, from_round: tenure.from_round, level: None });
+        // Asked again: levelling may have been cut short.
+        let level = deserted(roster, versions);
+        return Ok(Claimed { roster: None, from_round: tenure.from_round, level });
     }
     let mut next = roster.clone();
     next.epoch += 1;
@@ -67,16 +69,15 @@ pub fn claim(
     }
     let mut member =
         Member { rank, worker: claim.id.clone(), incarnation: worker, from_round: 1, until_round: None };
-    let mut level = None;
     if next.started {
-        // Contributors of the round that may be open now; without any, nobody would ever complete it.
+        // Contributors of the round that may be open now; without any, the claimant completes it.
         let open = versions.max + 1;
         let alone = next.of_round(open).next().is_none();
         member.from_round = if alone { open } else { open + 1 };
-        level = (alone && versions.min < versions.max).then_some(versions.max);
     }
     let from_round = member.from_round;
     next.members.push(member);
+    let level = deserted(&next, versions);
     if !next.started {
         next.started = next.members.len() as u64 >= u64::from(record.spec.workers);
     }
@@ -107,8 +108,19 @@ pub fn remove(roster: &Roster, worker: Incarnation, versions: Versions) -> Optio
     next.epoch += 1;
     end(&mut next, index, versions);
     prune(&mut next, versions);
-    let deserted = next.started && next.members.iter().all(|member| member.until_round.is_some());
-    Some((next, (deserted && versions.min < versions.max).then_some(versions.max)))
+    let level = deserted(&next, versions);
+    Some((next, level))
+}
+
+/// The version up to which shards have to be levelled, if any: rounds in which nobody counts would stay
+/// open for ever. Those are the rounds before the first one of all members that have not left (who
+/// joined while others were in their last round may count from a later one), or, without any member,
+/// those that some shards have closed and others not.
+#[must_use]
+pub fn deserted(roster: &Roster, versions: Versions) -> Option<Version> {
+    let present = roster.members.iter().filter(|member| member.until_round.is_none());
+    let last = present.map(|member| member.from_round - 1).min().unwrap_or(versions.max);
+    (roster.started && versions.min < last).then_some(last)
 }
 
 fn end(roster: &mut Roster, index: usize, versions: Versions) {

@@ -97,10 +97,11 @@ impl Worker {
         &self.record
     }
 
-    /// The round that is pushed next, or being pushed.
+    /// The round that is being pushed; once it is complete, the one that the next push begins.
     #[must_use]
     pub fn round(&self) -> Version {
-        self.shared.engine().round()
+        let engine = self.shared.engine();
+        if engine.is_complete() { engine.target() + 1 } else { engine.round() }
     }
 
     /// Bytes sent to and received from the broker: messages with their headers, resends included.

@@ -1,1 +1,35 @@
-//! tests
+//! Harness of the whole-system tests.
+//!
+//! [`cluster`] runs every component as a process of its own, beside a real nats-server, and starts them
+//! again when they die. [`embedded`] runs the embedded service in the test's process. [`training`] is a
+//! job whose every result can be recomputed bit for bit.
+
+pub mod cluster;
+pub mod embedded;
+pub mod training;
+
+use std::{path::PathBuf, time::Duration};
+
+/// Longest wait for anything in a test.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The nats-server to test against.
+///
+/// # Panics
+/// When there is none: a test that needs it must not pass without.
+#[must_use]
+pub fn nats_server() -> PathBuf {
+    thalweg::nats::find(None).unwrap_or_else(|error| panic!("{error:#}; `make test` sees to that"))
+}
+
+/// Waits until `done` says so.
+///
+/// # Panics
+/// After [`PATIENCE`], naming `what`.
+pub async fn eventually(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let until = std::time::Instant::now() + PATIENCE;
+    while !done().await {
+        assert!(std::time::Instant::now() < until, "waited too long for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -33,17 +33,22 @@ impl Core {
         };
         if header.rank != rank {
             let text = format!("header of rank {} on the subject of rank {rank}", header.rank);
+            // Who may publish on a subject is who listens to its rejects.
+            let header = GradientHeader { rank, ..header };
             return self.refuse(delivery, &key, &header, WireError::new(ErrorCode::Malformed, text), true);
         }
         let job = match self.jobs.get(&key) {
             Some(Some(job))
-                if job.record.incarnation == header.job && job.roster.epoch >= header.roster_epoch =>
+                if job.record.incarnation == header.job
+                    && job.roster.epoch >= header.roster_epoch
+                    && (seen > 0 || job.record.state != JobState::Initialising) =>
             {
                 job.clone()
             }
-            // Only a look-up made after the message came may say that its job is gone.
-            Some(None) if seen > 0 => return self.refuse(delivery, &key, &header, gone(&key), false),
-            Some(Some(job)) if seen > 0 && job.record.incarnation != header.job => {
+            // Only a look-up begun after the message came may say that its job is gone; the first answer
+            // may be that of an older one.
+            Some(None) if seen > 1 => return self.refuse(delivery, &key, &header, gone(&key), false),
+            Some(Some(job)) if seen > 1 && job.record.incarnation != header.job => {
                 return self.refuse(delivery, &key, &header, gone(&key), false);
             }
             Some(Some(_)) if seen > MAX_LOOK_UPS => {
@@ -85,11 +90,19 @@ impl Core {
         if let Some(known) = gathering.entries.get(&header.rank) {
             // The same message again (its acknowledgement wait ran out), or the same contribution pushed
             // twice: the first in stream order wins.
-            if known.sequence != delivery.sequence {
-                metrics::leftover("duplicate");
-                self.actions.push(Action::Acknowledge(delivery.partition, delivery.sequence));
+            // An entry of another worker has departed: one tenure of a rank counts in a round, and the
+            // sender has it. An invocation under way is left as it is; a fence or a resend settles that.
+            if known.worker == header.worker || shard.invoking.is_some() {
+                if known.sequence != delivery.sequence {
+                    metrics::leftover("duplicate");
+                    self.actions.push(Action::Acknowledge(delivery.partition, delivery.sequence));
+                }
+                return;
             }
-            return;
+            metrics::leftover("departed");
+            self.held_bytes -= known.held_bytes();
+            self.actions.push(Action::Acknowledge(delivery.partition, known.sequence));
+            gathering.entries.remove(&header.rank);
         }
         let fault = fault_of(job, header, &payload);
         let payload = if header.void || fault.is_some() {

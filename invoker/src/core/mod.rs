@@ -47,6 +47,11 @@ pub struct Core {
     /// Messages that wait for a look-up, with the number of look-ups they have seen.
     unknown: HashMap<JobKey, Vec<(Delivery, u32)>>,
     looking_up: HashSet<JobKey>,
+    /// Lives that have to fail, until the registry says that they have: they close no round meanwhile.
+    failing: HashMap<Incarnation, (JobKey, WireError)>,
+    /// Heads that are being read, with the clock when that was begun. Beside the shards, because an
+    /// answer may outlive what it was asked for.
+    reading: HashMap<ShardKey, u64>,
     shards: HashMap<ShardKey, Shard>,
     invocations: HashMap<InvocationId, Invocation>,
     /// Shards whose round is complete and waits for one of the invocations to end.
@@ -74,6 +79,7 @@ enum Timer {
     Evaluate(ShardKey),
     ReadHead(ShardKey),
     LookUp(JobKey),
+    FailJob(Incarnation),
     Refold(InvocationId),
     Recommit(InvocationId),
 }
@@ -88,6 +94,8 @@ impl Core {
             jobs: HashMap::new(),
             unknown: HashMap::new(),
             looking_up: HashSet::new(),
+            failing: HashMap::new(),
+            reading: HashMap::new(),
             shards: HashMap::new(),
             invocations: HashMap::new(),
             ready: BTreeSet::new(),
@@ -123,7 +131,11 @@ impl Core {
             Event::Job(key, job) => self.learn(&key, job),
             Event::LookUpFailed(key) => {
                 self.looking_up.remove(&key);
-                if self.unknown.contains_key(&key) {
+                // The same answer tells that a failure was not recorded.
+                let failing: Vec<_> =
+                    self.failing.iter().filter(|(_, (name, _))| *name == key).map(|(job, _)| *job).collect();
+                failing.into_iter().for_each(|job| self.later(RETRY_MS, Timer::FailJob(job)));
+                if self.knows(&key) {
                     self.later(RETRY_MS, Timer::LookUp(key));
                 }
             }
@@ -203,11 +215,18 @@ impl Core {
             match entry.remove() {
                 Timer::Evaluate(key) => self.evaluate(key),
                 Timer::ReadHead(key) => {
-                    if self.shards.get(&key).is_some_and(|shard| shard.reading) {
+                    if self.shards.contains_key(&key) {
                         self.actions.push(Action::ReadHead(key));
+                    } else {
+                        self.reading.remove(&key);
                     }
                 }
                 Timer::LookUp(key) => self.look_up(key),
+                Timer::FailJob(job) => {
+                    if let Some((key, error)) = self.failing.get(&job).cloned() {
+                        self.actions.push(Action::FailJob(key, job, error));
+                    }
+                }
                 Timer::Refold(id) => self.fold_again(id),
                 Timer::Recommit(id) => self.commit_again(id),
             }
@@ -245,6 +264,12 @@ impl Core {
     /// Takes in what the registry says about a job.
     fn learn(&mut self, key: &JobKey, job: Option<Arc<Job>>) {
         self.looking_up.remove(key);
+        self.failing.retain(|life, (name, _)| {
+            let runs = |job: &Arc<Job>| {
+                job.record.incarnation == *life && !matches!(job.record.state, JobState::Failed(_))
+            };
+            name != key || job.as_ref().is_some_and(runs)
+        });
         let before = self.jobs.insert(key.clone(), job.clone()).flatten();
         if let Some(before) = before {
             let same = job.as_ref().is_some_and(|job| job.record.incarnation == before.record.incarnation);
@@ -294,8 +319,14 @@ impl Core {
     }
 
     fn fail_job(&mut self, job: &Job, error: WireError) {
-        tracing::error!(job = %job.record.spec.key, %error, "job fails");
-        self.actions.push(Action::FailJob(job.record.spec.key.clone(), job.record.incarnation, error));
+        let (key, life) = (job.record.spec.key.clone(), job.record.incarnation);
+        if self.failing.contains_key(&life) {
+            // Whoever is first says why.
+            return;
+        }
+        tracing::error!(job = %key, %error, "job fails");
+        self.failing.insert(life, (key.clone(), error.clone()));
+        self.actions.push(Action::FailJob(key, life, error));
     }
 
     /// The view of a shard's job, if it is still the current one.

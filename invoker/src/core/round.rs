@@ -62,6 +62,8 @@ pub(super) fn verdict(job: &Job, round: Round, gathering: &Gathering, now: Milli
 impl Core {
     /// Looks at a shard again after anything about it has changed.
     pub(super) fn evaluate(&mut self, key: ShardKey) {
+        // Found complete by an older look: doubts may have come up since.
+        self.ready.remove(&key);
         let Some(shard) = self.shards.get(&key) else { return };
         let Some(job) = self.job_of(key, &shard.key.clone()) else { return };
         let Some((head, ledger, asked)) = shard.head.clone() else {
@@ -84,8 +86,8 @@ impl Core {
                 Verdict::Close { .. } => {
                     self.ready.insert(key);
                 }
-                Verdict::WaitUntil(due) if shard.deadline_armed != Some(round) => {
-                    shard.deadline_armed = Some(round);
+                Verdict::WaitUntil(due) if shard.deadline_armed != Some((round, due)) => {
+                    shard.deadline_armed = Some((round, due));
                     let delay = due.saturating_sub(self.now);
                     self.later(delay, Timer::Evaluate(key));
                 }
@@ -98,22 +100,20 @@ impl Core {
     }
 
     pub(super) fn read_head(&mut self, key: ShardKey) {
-        let clock = self.clock;
-        if let Some(shard) = self.shards.get_mut(&key)
-            && !shard.reading
-        {
-            shard.reading = true;
-            shard.reading_since = clock;
+        if self.shards.contains_key(&key) && !self.reading.contains_key(&key) {
+            self.reading.insert(key, self.clock);
             self.actions.push(Action::ReadHead(key));
         }
     }
 
     pub(super) fn head_read(&mut self, key: ShardKey, result: Result<(Head, Ledger), StoreError>) {
-        let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.reading) else { return };
+        let Some(since) = self.reading.get(&key).copied() else { return };
         match result {
             Ok((head, ledger)) => {
-                shard.reading = false;
-                shard.head = Some((head, ledger, shard.reading_since));
+                self.reading.remove(&key);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.head = Some((head, ledger, since));
+                }
                 self.evaluate(key);
             }
             Err(error) if error.is_retryable() => {
@@ -121,7 +121,7 @@ impl Core {
                 self.later(RETRY_MS, Timer::ReadHead(key));
             }
             Err(error) => {
-                shard.reading = false;
+                self.reading.remove(&key);
                 self.store_refused(key, &error);
             }
         }
@@ -249,17 +249,25 @@ impl Core {
 
     /// Starts invocations of complete rounds, as many as may run at once.
     pub(super) fn start_ready(&mut self) {
-        let mut waiting = std::mem::take(&mut self.ready);
-        while let Some(key) = waiting.pop_first() {
-            let careful = self.is_careful(key);
-            let limit = if careful { 1 } else { self.limits.invocations };
-            // A careful one runs alone, so that a death can be laid at its door.
-            let solo_runs = self.invocations.values().any(|invocation| invocation.plan.careful);
-            if self.invocations.len() >= limit || solo_runs {
+        let waiting = std::mem::take(&mut self.ready);
+        let (solo, others): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|key| self.is_careful(*key));
+        // A careful one runs alone, so that a death can be laid at its door.
+        for key in solo {
+            if self.invocations.is_empty() {
+                self.start(key, true);
+            } else {
                 self.ready.insert(key);
-                continue;
             }
-            self.start(key, careful);
+        }
+        // One that waits for that holds the others back, or its turn might never come.
+        let alone =
+            !self.ready.is_empty() || self.invocations.values().any(|invocation| invocation.plan.careful);
+        for key in others {
+            if alone || self.invocations.len() >= self.limits.invocations {
+                self.ready.insert(key);
+            } else {
+                self.start(key, false);
+            }
         }
     }
 
@@ -271,7 +279,8 @@ impl Core {
 
     fn start(&mut self, key: ShardKey, careful: bool) {
         let Some(shard) = self.shards.get(&key) else { return };
-        if self.partitions.get(&shard.partition).is_none_or(|holding| holding.draining) {
+        let drains = self.partitions.get(&shard.partition).is_none_or(|holding| holding.draining);
+        if drains || self.failing.contains_key(&key.0) {
             return;
         }
         let (Some(job), Some((expect, _, _))) = (self.job_of(key, &shard.key), shard.head.clone()) else {
@@ -344,6 +353,10 @@ impl Core {
             Err(FoldError::Moved) => self.abandon(id, key),
             Err(FoldError::Function(reason)) => {
                 let job = invocation.plan.job.clone();
+                self.invocations.remove(&id);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.invoking = None;
+                }
                 let text = format!("function {} failed: {reason}", job.record.spec.function.name);
                 self.fail_job(&job, WireError::new(ErrorCode::Internal, text));
             }

@@ -43,14 +43,12 @@ pub(super) struct Shard {
     pub(super) partition: Partition,
     /// Where it stands, and the core's clock when that was asked; `None` while unknown.
     pub(super) head: Option<(Head, Ledger, u64)>,
-    pub(super) reading: bool,
-    /// The core's clock when the reading under way was begun.
-    pub(super) reading_since: u64,
     pub(super) rounds: BTreeMap<Round, Gathering>,
     pub(super) invoking: Option<InvocationId>,
     /// Version last published again for a worker that missed it.
     pub(super) republished: Option<u64>,
-    pub(super) deadline_armed: Option<Round>,
+    /// The round and moment for which a timer was set.
+    pub(super) deadline_armed: Option<(Round, Millis)>,
 }
 
 impl Shard {
@@ -59,8 +57,6 @@ impl Shard {
             key,
             partition,
             head: None,
-            reading: false,
-            reading_since: 0,
             rounds: BTreeMap::new(),
             invoking: None,
             republished: None,
@@ -84,7 +80,7 @@ impl Shard {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.rounds.is_empty() && self.invoking.is_none() && !self.reading
+        self.rounds.is_empty() && self.invoking.is_none()
     }
 }
 

@@ -1,1 +1,7 @@
+//! Tests of the core against a model of everything around it.
 
+mod admission;
+mod model;
+mod random;
+mod recovery;
+mod rounds;

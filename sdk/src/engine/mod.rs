@@ -359,7 +359,10 @@ impl Engine {
     fn count_missing(&mut self) {
         let below = |shard: &Shard| shard.head.is_none_or(|head| head.version < self.target);
         self.missing = self.shards.iter().filter(|shard| below(shard)).count();
-        let lowest = self.shards.iter().position(below).unwrap_or(0);
+        // A shard that still needs this worker comes before one that others have gone on with.
+        let open = |shard: &Shard| shard.head.is_none_or(|head| head.version < self.round);
+        let lowest = self.shards.iter().position(open).or_else(|| self.shards.iter().position(below));
+        let lowest = lowest.unwrap_or(0);
         self.lowest_missing = u32::try_from(lowest).unwrap_or(u32::MAX);
     }
 

@@ -1,8 +1,18 @@
 //! `thalweg bench`.
 
+mod allreduce;
+mod backlog;
+mod crew;
+mod load;
+mod raw;
+mod stack;
+mod store;
+mod worker;
+
 use clap::Subcommand;
 
-mod store;
+pub use raw::FolderArgs;
+pub use worker::WorkerArgs;
 
 /// Arguments of `thalweg bench`.
 #[derive(Debug, clap::Args)]
@@ -13,16 +23,13 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Rounds of worker processes through a whole private deployment, results checked
+    Allreduce(allreduce::Args),
+    /// A model far larger than an invoker's memory, with a straggler
+    Backlog(backlog::Args),
     /// Commits of shards against a bare pwrite and fdatasync of the same bytes
     Store(store::Args),
 }
-
-/// Placeholder.
-#[derive(Debug, clap::Args)]
-pub struct WorkerArgs {}
-/// Placeholder.
-#[derive(Debug, clap::Args)]
-pub struct FolderArgs {}
 
 /// Runs a benchmark.
 ///
@@ -30,18 +37,25 @@ pub struct FolderArgs {}
 /// When a part cannot run or a result is wrong.
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
+        What::Allreduce(args) => allreduce::run(&args),
+        What::Backlog(args) => backlog::run(&args),
         What::Store(args) => store::run(&args),
     }
 }
-/// w
+
+/// A worker process.
+///
 /// # Errors
-/// e
-pub fn worker(_: WorkerArgs) -> anyhow::Result<()> {
-    Ok(())
+/// Those of the SDK, and when a result is wrong.
+pub fn worker(args: WorkerArgs) -> anyhow::Result<()> {
+    crate::cli::runtime()?.block_on(worker::run(args))
 }
-/// w
+
+/// The folder of the raw pattern.
+///
 /// # Errors
-/// e
-pub fn folder(_: FolderArgs) -> anyhow::Result<()> {
-    Ok(())
+/// Those of NATS.
+pub fn folder(args: FolderArgs) -> anyhow::Result<()> {
+    // As an invoker: one thread.
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(raw::folder(args))
 }

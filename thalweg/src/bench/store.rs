@@ -20,7 +20,7 @@ use crate::{demo::quantile, process};
 
 /// Arguments of `thalweg bench store`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// Size of the model, MiB
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     mib: u64,

@@ -1,0 +1,85 @@
+//! The shape of the workspace is part of the design: who may depend on whom.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cargo_metadata::{DependencyKind, MetadataCommand};
+
+/// Edges among our crates, as ARCHITECTURE.md draws them.
+fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
+    let edges: [(&str, &[&str]); 11] = [
+        ("thalweg-protocol", &[]),
+        ("thalweg-functions", &["thalweg-protocol"]),
+        ("thalweg-broker", &["thalweg-protocol"]),
+        ("thalweg-store", &["thalweg-protocol", "thalweg-broker"]),
+        ("thalweg-invoker", &["thalweg-protocol", "thalweg-broker", "thalweg-functions", "thalweg-store"]),
+        ("thalweg-gateway", &["thalweg-protocol", "thalweg-broker", "thalweg-functions", "thalweg-store"]),
+        ("thalweg-autoscaler", &["thalweg-protocol", "thalweg-broker"]),
+        ("thalweg-sdk", &["thalweg-protocol", "thalweg-broker"]),
+        ("thalweg-telemetry", &[]),
+        ("thalweg", &["*"]),
+        ("thalweg-tests", &["*"]),
+    ];
+    edges.into_iter().map(|(from, to)| (from, to.iter().copied().collect())).collect()
+}
+
+#[test]
+fn crates_depend_on_each_other_only_as_drawn() {
+    let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let metadata = MetadataCommand::new().manifest_path(manifest).no_deps().exec().expect("cargo metadata");
+    let allowed = allowed();
+    let names: BTreeSet<&str> = metadata.packages.iter().map(|package| package.name.as_str()).collect();
+    let drawn: BTreeSet<&str> = allowed.keys().copied().collect();
+    assert_eq!(names, drawn, "the drawing names every crate and no other");
+    for package in &metadata.packages {
+        let may = &allowed[package.name.as_str()];
+        for dependency in &package.dependencies {
+            let ours = dependency.name.starts_with("thalweg") && dependency.kind == DependencyKind::Normal;
+            assert!(
+                !ours || may.contains("*") || may.contains(dependency.name.as_str()),
+                "{} must not depend on {}",
+                package.name,
+                dependency.name
+            );
+            // One owner for each of these.
+            for (library, owner) in
+                [("sled", "thalweg-store"), ("metrics-exporter-prometheus", "thalweg-telemetry")]
+            {
+                assert!(
+                    dependency.name != library || package.name.as_str() == owner,
+                    "only {owner} may know {library}, not {}",
+                    package.name
+                );
+            }
+            let io = ["tokio", "async-nats", "axum"].contains(&dependency.name.as_str());
+            let pure = ["thalweg-protocol", "thalweg-functions"].contains(&package.name.as_str());
+            assert!(
+                !(io && pure),
+                "{} does no input or output, {} is for that",
+                package.name,
+                dependency.name
+            );
+        }
+    }
+}
+
+#[test]
+fn the_shipped_configuration_is_the_default_one() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/thalweg.toml");
+    let text = std::fs::read_to_string(path).expect("docs/thalweg.toml");
+    let shipped: thalweg::config::Config = toml::from_str(&text).expect("it loads");
+    assert_eq!(shipped, thalweg::config::Config::default());
+    // Every key that has a value by default stands in the file, so that readers find it.
+    let default = toml::Value::try_from(thalweg::config::Config::default()).expect("it can be written");
+    let written: toml::Value = toml::from_str(&text).expect("it parses");
+    missing_in(&default, &written, "");
+}
+
+fn missing_in(default: &toml::Value, written: &toml::Value, path: &str) {
+    if let toml::Value::Table(table) = default {
+        for (key, value) in table {
+            let here = format!("{path}.{key}");
+            let found = written.get(key).unwrap_or_else(|| panic!("docs/thalweg.toml lacks {here}"));
+            missing_in(value, found, &here);
+        }
+    }
+}
