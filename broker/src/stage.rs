@@ -86,3 +86,15 @@ pub fn poisoned(weight: f32) {
         reached("poison");
     }
 }
+
+/// Reads `FAILPOINTS`; call once, first thing in a process.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn arm() {}
+
+/// Reads `FAILPOINTS`; call once, first thing in a process.
+#[cfg(feature = "failpoints")]
+pub fn arm() {
+    // Armed for the rest of the process: dropping the scenario would disarm.
+    std::mem::forget(fail::FailScenario::setup());
+}

@@ -11,9 +11,9 @@
 //! Arguments win over the environment, and both may be left out: `allreduce [RANK [WORKERS [URL]]]`, else
 //! `RANK` (0), `WORLD_SIZE` (1) and `THALWEG_URL` (`nats://127.0.0.1:4222`).
 //!
-//! Kill the service's nats-server or, with `autoscaler.actuator = "process"`, an invoker while it runs: the
-//! rounds take longer and nothing else changes. A worker that is killed and started again with the same rank
-//! takes it back, and counts from the next round that nobody can have begun.
+//! Kill the service's nats-server while they run (more rounds give more time for it): a round takes longer and
+//! nothing else changes. A worker that is killed and started again with the same rank takes it back, and counts
+//! from the next round that nobody can have begun.
 
 #![expect(clippy::print_stdout, reason = "an example shows what it gets")]
 
@@ -43,12 +43,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("rank {rank} of {workers} is in, round {} is next", worker.round());
 
     // By the job's rounds, so that a worker that was started again ends with the others.
-    let mut next = worker.round();
-    while next <= ROUNDS {
-        let gradients = TENSORS.map(|(_, _, len)| gradient(len, rank, next));
+    while worker.round() <= ROUNDS {
+        let gradients = TENSORS.map(|(_, _, len)| gradient(len, rank, worker.round()));
         let named = [(TENSORS[0].0, gradients[0].as_slice()), (TENSORS[1].0, gradients[1].as_slice())];
         let round = worker.push_pull(&named).await?;
-        next = round.round + 1;
         // `contributors` is the number of gradients that the mean is over: all members', as no quorum was set.
         if round.round % 10 == 0 {
             println!(

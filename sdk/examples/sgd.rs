@@ -49,9 +49,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut parameters = worker.parameters().await?;
 
     // By the job's rounds, so that a worker that was started again ends with the others.
-    let mut next = worker.round();
-    while next <= ROUNDS {
-        let batch = draw(rank, next);
+    while worker.round() <= ROUNDS {
+        let batch = draw(rank, worker.round());
         let (activations, errors) = forward(&parameters, &batch);
         // The backward pass comes to the output first: it is on its way while the hidden layer's is computed.
         let output = backward_output(&activations, &errors);
@@ -62,7 +61,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
         worker.pull("hidden", &mut parameters[0]).await?;
         worker.pull("output", &mut parameters[1]).await?;
         let round = worker.finish().await?;
-        next = round.round + 1;
         if round.round % 200 == 0 {
             let loss = errors.iter().map(|error| error * error).sum::<f32>() / BATCH as f32;
             println!("round {}: loss {loss:.4}, gradients of {}", round.round, round.contributors);

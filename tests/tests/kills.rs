@@ -119,19 +119,21 @@ async fn kill_by_plan(cluster: &Cluster, trainers: &Trainers, plans: &[(&str, St
         })
         .await;
         killed += targets.split('+').count();
-        // The invoker of this plan may have survived; the next plan's takes its place. Half of the time
-        // it is killed while it works, half of the time after it has done two more rounds.
-        if *stage != stage::IN_FLUSH {
-            let survivor = cluster.is_alive(&name);
-            if !survivor {
-                cluster.invoker("next", "");
-            }
-            trainers.progress(2, &format!("recovery after {stage} killed {targets} (plan {number})")).await;
-            cluster.kill(&name);
-            cluster.kill("next");
-        } else {
-            trainers.progress(2, &format!("recovery after {stage} killed {targets} (plan {number})")).await;
+        let recovered = format!("recovery after {stage} killed {targets} (plan {number})");
+        if *stage == stage::IN_FLUSH {
+            trainers.progress(2, &recovered).await;
+            continue;
         }
+        // The invoker of this plan, if it survived, does two more rounds and is then killed at whatever
+        // it is doing; else another takes over.
+        let next = format!("n{number}");
+        if targets.contains("self") {
+            eventually("the invoker to die", async || !cluster.is_alive(&name)).await;
+            cluster.invoker(&next, "");
+        }
+        trainers.progress(2, &recovered).await;
+        cluster.kill(&name);
+        cluster.kill(&next);
         killed += 1;
     }
     println!("{killed} kills in {} plans", plans.len());

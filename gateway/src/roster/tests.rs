@@ -299,12 +299,13 @@ impl History {
         };
         self.race(races);
         self.write(claimed.roster.unwrap());
-        if !self.roster.started {
+        if !before.started {
+            // Nobody pushes before the roster that holds all founding members.
             return;
         }
         self.level(claimed.level);
         let mut from_round = claimed.from_round;
-        while from_round > 1 {
+        loop {
             self.fences.push((from_round, self.roster.epoch));
             if self.versions().max < from_round {
                 break;

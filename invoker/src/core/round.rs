@@ -398,7 +398,7 @@ impl Core {
         let key = (invocation.plan.job.record.incarnation, invocation.plan.shard);
         match result {
             Ok(CommitOutcome::Committed(head) | CommitOutcome::AlreadyCommitted(head)) => {
-                self.finish(id, key, head)
+                self.finish(id, key, head);
             }
             Ok(CommitOutcome::Conflict(_)) => {
                 metrics::conflict();

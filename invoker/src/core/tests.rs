@@ -5,3 +5,4 @@ mod model;
 mod random;
 mod recovery;
 mod rounds;
+mod setup;

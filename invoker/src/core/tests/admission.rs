@@ -5,7 +5,8 @@ use thalweg_protocol::{ErrorCode, Incarnation, JobState, Kind, WIRE_VERSION, fra
 
 use super::{
     super::{Action, Event},
-    model::{Note, PARTITION, World, name, poisoned_error, spec, worker},
+    model::{Note, PARTITION, World},
+    setup::{name, poisoned_error, spec, worker},
 };
 
 #[test]
@@ -171,7 +172,7 @@ fn another_past_is_divergence_only_by_a_fresh_head_and_fails_the_job() {
 /// came. It must not slip in.
 #[test]
 fn doubts_stop_a_round_that_waits_for_its_turn() {
-    let limits = super::super::Limits { invocations: 1, ..super::model::limits() };
+    let limits = super::super::Limits { invocations: 1, ..super::setup::limits() };
     let mut world = World::with(limits);
     let mut spec = spec("j", 3);
     spec.quorum = Some(2);
@@ -186,6 +187,12 @@ fn doubts_stop_a_round_that_waits_for_its_turn() {
     push.header.base = thalweg_protocol::StateId([3; 16]);
     let sequence = world.enqueue(&push);
     world.deliver(sequence);
+    // Shard 0 is done, a turn is free, and the head of shard 1 is still being read.
+    let at = world.pending.iter().position(|action| matches!(action, Action::ReadHead(_))).unwrap();
+    let read = world.pending.remove(at);
+    world.settle();
+    assert_eq!(world.history.len(), 1);
+    world.pending.push(read);
     world.settle();
     let diverged = world.history.get(&(Incarnation([1; 16]), 1));
     assert!(diverged.is_none(), "{diverged:?}");
@@ -287,7 +294,9 @@ fn a_job_without_parameters_is_looked_up_before_it_is_refused() {
     world.give(&push);
     assert_eq!(world.rejects.last().unwrap().2.error.code, ErrorCode::NotReady);
     world.change("j", |record, _| record.state = running.record.state.clone());
-    let push = world.gradient(0, 0, 1);
+    let mut push = world.gradient(0, 0, 1);
+    // The roster says nothing about parameters.
+    push.header.roster_epoch = running.roster.epoch;
     world.give(&push);
     assert_eq!(world.head("j", 0).version, 1);
     world.assert_idle();

@@ -5,7 +5,8 @@ use thalweg_store::ShardStore as _;
 
 use super::{
     super::{Action, Event},
-    model::{Note, PARTITION, World, name, now_or_never, spec, sum_in_rank_order, worker},
+    model::{Note, PARTITION, World, now_or_never},
+    setup::{name, spec, sum_in_rank_order, worker},
 };
 
 fn held(world: &mut World, careful_until: Option<u64>, poison: Option<u64>) {
@@ -211,6 +212,8 @@ fn a_new_holder_of_a_rank_replaces_what_the_old_one_left() {
     new.header.worker = worker(9);
     let sequence = world.enqueue(&new);
     world.deliver(sequence);
+    // The look-up ends first.
+    world.pending.reverse();
     world.settle();
     assert_eq!(world.queue.keys().copied().collect::<Vec<_>>(), [2]);
     world.round(&[1], 0, 1);
@@ -223,7 +226,7 @@ fn a_failed_job_gives_everything_back() {
     let mut world = World::running(2, |_| ());
     world.round(&[0], 0, 1);
     world.round(&[1], 1, 1);
-    world.change("j", |record, _| record.state = JobState::Failed(super::model::poisoned_error()));
+    world.change("j", |record, _| record.state = JobState::Failed(super::setup::poisoned_error()));
     world.hint("j");
     let codes: Vec<_> = world.rejects.iter().map(|(_, _, reject)| reject.error.code).collect();
     assert_eq!(codes, [ErrorCode::JobFailed; 2]);
@@ -278,29 +281,35 @@ fn careful_rounds_run_alone_until_the_backlog_is_done() {
 fn the_turn_of_a_careful_round_comes() {
     let mut world = World::running(1, |_| ());
     world.tell(Event::Held { partition: 1, careful_until: None, poison: None });
-    let mut other = spec("k", 1);
-    other.key = name("k");
-    world.open(other, 2);
-    let push = world.gradient_of("k", 0, 0, 1);
-    let sequence = world.enqueue(&push);
-    world.deliver(sequence);
-    while !matches!(world.pending.first(), Some(Action::Fold(..))) {
-        let action = world.pending.remove(0);
-        world.perform(action).into_iter().for_each(|event| world.tell(event));
+    held(&mut world, Some(100), None);
+    // Both of these lives have their shard 1 on partition 1, when there are two.
+    for (job, life) in [("k", 2), ("l", 4)] {
+        world.open(spec(job, 1), life);
+        world.change(job, |record, _| record.partitions = 2);
     }
-    // A round of another partition runs; make it that by hand, and the rest careful.
-    world.core.invocations.values_mut().for_each(|run| run.plan.partition = 1);
-    world.core.partitions.get_mut(&PARTITION).unwrap().careful_until = Some(100);
+    let elsewhere = |world: &mut World, job: &str| {
+        let mut push = world.gradient_of(job, 0, 1, 1);
+        push.partition = 1;
+        let sequence = world.enqueue(&push);
+        world.queue.get_mut(&sequence).unwrap().partition = 1;
+        sequence
+    };
+    let up_to_fold = |world: &mut World, sequence: u64| {
+        world.deliver(sequence);
+        while let Some(at) = world.pending.iter().position(|action| !matches!(action, Action::Fold(..))) {
+            let action = world.pending.remove(at);
+            world.perform(action).into_iter().for_each(|event| world.tell(event));
+        }
+        (world.core.invocations(), world.core.ready.len())
+    };
+    let first = elsewhere(&mut world, "k");
+    assert_eq!(up_to_fold(&mut world, first), (1, 0));
     let push = world.gradient(0, 0, 1);
-    let sequence = world.enqueue(&push);
-    world.deliver(sequence);
-    while let Some(at) = world.pending.iter().position(|action| !matches!(action, Action::Fold(..))) {
-        let action = world.pending.remove(at);
-        world.perform(action).into_iter().for_each(|event| world.tell(event));
-    }
-    assert_eq!(world.core.ready.len(), 1, "it waits for the other to end");
-    assert_eq!(world.core.invocations(), 1);
-    world.core.invocations.values_mut().for_each(|run| run.plan.partition = PARTITION);
+    let careful = world.enqueue(&push);
+    assert_eq!(up_to_fold(&mut world, careful), (1, 1), "it waits for the other to end");
+    let second = elsewhere(&mut world, "l");
+    assert_eq!(up_to_fold(&mut world, second), (1, 2), "and nothing begins before it");
     world.settle();
-    assert_eq!(world.history.len(), 2);
+    assert_eq!(world.history.len(), 3);
+    world.assert_idle();
 }

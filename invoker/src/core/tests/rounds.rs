@@ -5,7 +5,8 @@ use thalweg_store::{ShardStore as _, StoreError};
 
 use super::{
     super::{Action, Event, FoldError, Limits},
-    model::{BYTES, Note, World, limits, name, now_or_never, sum_in_rank_order, unavailable, worker},
+    model::{BYTES, Note, World, now_or_never},
+    setup::{limits, name, sum_in_rank_order, unavailable, worker},
 };
 
 /// The pending action that `wanted` accepts, taken out.
@@ -314,7 +315,7 @@ fn a_function_that_fails_ends_its_job_and_blocks_nobody() {
 #[test]
 fn payloads_over_the_budget_are_parked_and_read_back() {
     let mut world = World::with(Limits { held_bytes: 2 * BYTES, ..limits() });
-    world.open(super::model::spec("j", 4), 1);
+    world.open(super::setup::spec("j", 4), 1);
     world.round(&[3, 1, 0], 0, 1);
     assert_eq!((world.core.held_bytes(), world.core.held_messages()), (2 * BYTES, 3));
     world.round(&[2], 0, 1);
@@ -326,7 +327,7 @@ fn payloads_over_the_budget_are_parked_and_read_back() {
 #[test]
 fn a_parked_contribution_that_is_gone_is_waited_for_again() {
     let mut world = World::with(Limits { held_bytes: 0, ..limits() });
-    world.open(super::model::spec("j", 2), 1);
+    world.open(super::setup::spec("j", 2), 1);
     let parked = world.gradient(0, 0, 1);
     let sequence = world.give(&parked);
     // The stream was created again.
