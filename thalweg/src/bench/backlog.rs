@@ -3,10 +3,6 @@
 use std::{
     io::Write as _,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
     time::{Duration, Instant},
 };
 
@@ -124,33 +120,16 @@ fn measure(args: &Args, stack: &Stack, crew: &mut Crew) -> anyhow::Result<Outcom
     let late = crew.len() - 1;
     (0..late).try_for_each(|member| crew.tell(member, command))?;
     let queued_bytes = crate::cli::runtime()?.block_on(full_queue(&stack.url()))?;
-    // Sampled too, lest an invoker that is replaced goes unseen.
     let invokers = stack.invokers();
     crew.tell(late, command)?;
-    let (peak, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-    let sampler = {
-        let (peak, stop, invokers) = (peak.clone(), stop.clone(), invokers.clone());
-        std::thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                for invoker in &invokers {
-                    peak.fetch_max(process::peak_rss_bytes(*invoker), Ordering::Relaxed);
-                }
-                std::thread::sleep(LOOK);
-            }
-        })
-    };
-    let replies = crew.hear();
-    stop.store(true, Ordering::Relaxed);
-    let _ = sampler.join();
-    let replies = replies?;
+    let replies = crew.hear()?;
     let still = stack.invokers();
+    // Its peak would have gone with it.
     if still != invokers {
         bail!("the invoker died: process {invokers:?} became {still:?}");
     }
-    for invoker in still {
-        peak.fetch_max(process::peak_rss_bytes(invoker), Ordering::Relaxed);
-    }
-    Ok(Outcome { peak_rss_bytes: peak.load(Ordering::Relaxed), queued_bytes, seconds: seconds(&replies)? })
+    let peak_rss_bytes = still.into_iter().map(process::peak_rss_bytes).max().unwrap_or(0);
+    Ok(Outcome { peak_rss_bytes, queued_bytes, seconds: seconds(&replies)? })
 }
 
 /// Waits until the queues have stopped growing; returns their bytes.
