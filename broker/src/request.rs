@@ -13,6 +13,9 @@ pub enum RequestError {
     /// Nobody listens on the subject (status 503).
     #[error("nobody answers on {0}")]
     NoResponders(String),
+    /// The request is larger than this server allows.
+    #[error("a request of {0} bytes: the NATS server allows {1} (max_payload)")]
+    TooLarge(usize, usize),
     /// No reply in time.
     #[error("no reply on {0} in time")]
     TimedOut(String),
@@ -29,7 +32,7 @@ pub enum RequestError {
 /// Cancel safe in the sense that nothing is left behind; the other side may still act on it.
 ///
 /// # Errors
-/// [`RequestError`]; all but `Frame` may be tried again.
+/// [`RequestError`]; all but `Frame` and `TooLarge` may be tried again.
 pub async fn request<Q: Serialize, A: DeserializeOwned>(
     client: &Client,
     subject: &str,
@@ -39,6 +42,9 @@ pub async fn request<Q: Serialize, A: DeserializeOwned>(
     timeout: Duration,
 ) -> Result<(A, Bytes), RequestError> {
     let frame = frame::seal(kinds.0, query, payload);
+    if frame.len() > client.max_payload() {
+        return Err(RequestError::TooLarge(frame.len(), client.max_payload()));
+    }
     let request = Request::new().payload(frame).timeout(Some(timeout));
     let reply =
         client.send_request(subject.to_owned(), request).await.map_err(|error| match error.kind() {

@@ -117,12 +117,19 @@ impl Jobs {
             let text = "no store has registered yet: start one (thalweg store, or thalweg up)";
             return Err(WireError::new(ErrorCode::Unavailable, text));
         };
-        let elements = spec.tensors.iter().filter_map(|tensor| tensor.elements()).sum();
+        let elements: u64 = spec.tensors.iter().filter_map(|tensor| tensor.elements()).sum();
         // State and message overhead have to fit one message of this server.
         let room = self.client.max_payload().saturating_sub(limits::MESSAGE_OVERHEAD_BYTES);
         let most = (room / (4 * (1 + slots as usize))).max(1);
         let wanted = (spec.shard_bytes / 4) as usize;
         let shard_elements = u32::try_from(wanted.min(most)).unwrap_or(u32::MAX);
+        if u64::div_ceil(elements, u64::from(shard_elements)) > limits::MAX_SHARDS {
+            let text = format!(
+                "more than {} shards: this NATS server allows shards of {shard_elements} elements; raise its max_payload",
+                limits::MAX_SHARDS
+            );
+            return Err(WireError::new(ErrorCode::Limit, text));
+        }
         Ok(JobRecord {
             spec: spec.clone(),
             incarnation: Incarnation::random(),
@@ -193,6 +200,7 @@ impl Jobs {
             }
             let versions = self.versions(&record, &roster).await?;
             let claimed = roster::claim(&record, &roster, claim, versions)?;
+            let founding = !roster.started;
             let roster = match claimed.roster {
                 None => roster,
                 Some(next) => {
@@ -202,7 +210,9 @@ impl Jobs {
                     next
                 }
             };
-            if !roster.started {
+            // Founding members need no fence: nobody pushes before the roster that holds them all, and every
+            // contribution names it.
+            if founding {
                 return Ok((record, roster));
             }
             if let Some(version) = claimed.level {
@@ -226,11 +236,6 @@ impl Jobs {
         mut from_round: Round,
     ) -> Result<Option<Roster>, WireError> {
         let key = &record.spec.key;
-        // Founding members count from round 1, which needs no fence: nobody pushes before the roster
-        // that holds them all, and every contribution names it.
-        if from_round <= 1 {
-            return Ok(Some(roster));
-        }
         let store = self.store(record);
         for _ in 0..MAX_CONFLICTS {
             let max = store.fence(record.incarnation, roster.epoch, from_round).await.map_err(store_error)?;
@@ -244,6 +249,9 @@ impl Jobs {
                 self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
             if known.as_ref() != Some(&roster) || !self.put_roster(key, &next, revision).await? {
                 return Ok(None);
+            }
+            if let Some(version) = roster::deserted(&next, versions) {
+                self.level(record, &next, version).await?;
             }
             from_round = next.tenure(worker).map_or(from_round, |tenure| tenure.from_round);
             roster = next;
@@ -274,6 +282,19 @@ impl Jobs {
             }
         }
         Err(busy("the roster"))
+    }
+
+    /// Finishes the levelling of a job whose roster was changed by somebody who could not go on.
+    pub(crate) async fn level_deserted(&self, key: &JobKey) -> Result<(), WireError> {
+        let (record, roster) = self.get(key).await?;
+        if !roster.started || record.state != JobState::Running {
+            return Ok(());
+        }
+        let versions = self.versions(&record, &roster).await?;
+        match roster::deserted(&roster, versions) {
+            Some(version) => self.level(&record, &roster, version).await,
+            None => Ok(()),
+        }
     }
 
     async fn read_for_change(

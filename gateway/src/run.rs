@@ -248,11 +248,15 @@ async fn mend_streams(
     }
 }
 
-/// Reads a roster that somebody wrote, so that heartbeats are judged by the newest one.
+/// Reads a job that somebody wrote, so that heartbeats are judged by the newest state.
 async fn refresh(gateway: &Gateway, subject: &str) {
-    let prefix = subjects::registry_hint("roster.");
-    let mut names = subject.strip_prefix(prefix.as_str()).unwrap_or_default().split('.');
-    let (Some(Ok(tenant)), Some(Ok(job))) = (names.next().map(Name::new), names.next().map(Name::new)) else {
+    let prefix = subjects::registry_hint("");
+    let mut tokens = subject.strip_prefix(prefix.as_str()).unwrap_or_default().split('.');
+    if !matches!(tokens.next(), Some("job" | "roster")) {
+        return;
+    }
+    let (Some(Ok(tenant)), Some(Ok(job))) = (tokens.next().map(Name::new), tokens.next().map(Name::new))
+    else {
         return;
     };
     let key = JobKey { tenant, job };
@@ -261,9 +265,11 @@ async fn refresh(gateway: &Gateway, subject: &str) {
             gateway.shared().remember(&record, &roster);
         }
         Err(error) if error.code == thalweg_protocol::ErrorCode::UnknownJob => {
-            gateway.shared().rosters.remove(&key);
+            let mut shared = gateway.shared();
+            shared.rosters.remove(&key);
+            shared.levelled.remove(&key);
         }
-        Err(error) => tracing::debug!(%error, %key, "roster not read"),
+        Err(error) => tracing::debug!(%error, %key, "job not read"),
     }
 }
 
@@ -288,6 +294,13 @@ async fn sweep_workers(gateway: &Gateway, connection: &Connection, partitions: u
                 gateway.shared().windows.leave(worker.incarnation);
             }
             Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
+        }
+    }
+    let unlevelled = gateway.shared().unlevelled();
+    for (key, epoch) in unlevelled {
+        match gateway.jobs.level_deserted(&key).await {
+            Ok(()) => drop(gateway.shared().levelled.insert(key, epoch)),
+            Err(error) => tracing::debug!(%key, %error, "shards not levelled yet"),
         }
     }
     if !gone.is_empty() {

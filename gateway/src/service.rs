@@ -7,8 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    ApiReply, ApiRequest, ErrorCode, Incarnation, JobKey, JobRecord, Kind, Roster, WireError, WorkerRef,
-    frame, limits,
+    ApiReply, ApiRequest, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Kind, Roster, WireError,
+    WorkerRef, frame, limits,
 };
 
 use crate::{jobs::Jobs, leases::Leases, metrics, windows::Windows};
@@ -29,11 +29,19 @@ pub(crate) struct Shared {
     pub(crate) leading: bool,
     /// Jobs with their rosters as last read, for heartbeats.
     pub(crate) rosters: std::collections::HashMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
+    /// Roster epochs whose shards were found level, or were levelled.
+    pub(crate) levelled: std::collections::HashMap<JobKey, u64>,
 }
 
 impl Gateway {
     pub(crate) fn new(jobs: Jobs, lease_ms: u64, leases: Leases<WorkerRef>, windows: Windows) -> Self {
-        let shared = Shared { leases, windows, leading: false, rosters: std::collections::HashMap::new() };
+        let shared = Shared {
+            leases,
+            windows,
+            leading: false,
+            rosters: std::collections::HashMap::new(),
+            levelled: std::collections::HashMap::new(),
+        };
         Self { jobs, lease_ms, shared: Mutex::new(shared) }
     }
 
@@ -135,7 +143,11 @@ impl Gateway {
         let reply = match known {
             Ok((record, roster)) => {
                 let tenure = roster.tenure(worker.incarnation).filter(|member| member.until_round.is_none());
-                if record.incarnation == worker.job && tenure.is_some() {
+                if let JobState::Failed(error) = &record.state
+                    && record.incarnation == worker.job
+                {
+                    ApiReply::Error(WireError::new(ErrorCode::JobFailed, error.to_string()))
+                } else if record.incarnation == worker.job && tenure.is_some() {
                     shared.leases.hear(worker.clone(), now);
                     let least = least_window(&record);
                     if !shared.leading {
@@ -159,6 +171,15 @@ impl Shared {
         let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
         self.rosters.insert(record.spec.key.clone(), view.clone());
         view
+    }
+
+    /// Jobs whose roster has changed since their shards were last found level.
+    pub(crate) fn unlevelled(&self) -> Vec<(JobKey, u64)> {
+        let changed = |(key, (_, roster)): (&JobKey, &(Arc<JobRecord>, Arc<Roster>))| {
+            let seen = self.levelled.get(key) == Some(&roster.epoch);
+            (roster.started && !seen).then(|| (key.clone(), roster.epoch))
+        };
+        self.rosters.iter().filter_map(changed).collect()
     }
 
     /// Live members of all known rosters.

@@ -128,6 +128,9 @@ impl Client {
                 Ok(Err(error)) if !error.is_retryable() => return Err(error.into()),
                 Ok(Err(error)) => error.to_string(),
                 Err(RequestError::Frame(_, error)) => return Err(error.to_wire().into()),
+                Err(error @ RequestError::TooLarge(..)) => {
+                    return Err(WireError::new(ErrorCode::Limit, error.to_string()).into());
+                }
                 Err(RequestError::NoResponders(_)) => {
                     "no gateway runs: start one (thalweg up, or thalweg gateway)".to_owned()
                 }
@@ -225,7 +228,14 @@ impl Client {
         // Round `from_round` waits for this worker, so every shard comes to stand right before it.
         let heads = loop {
             match read_heads(&self.connection.client, &record).await {
-                Ok(heads) if heads.iter().all(|head| head.version + 1 >= from_round) => break heads,
+                // Equal, too: in a job with a quorum the others may be in the middle of a later round.
+                Ok(heads)
+                    if heads
+                        .iter()
+                        .all(|head| head.version + 1 >= from_round && head.version == heads[0].version) =>
+                {
+                    break heads;
+                }
                 Ok(_) => patience.wait("the present round to end", "other workers are in it").await?,
                 Err(error) if error.is_retryable() => patience.wait("the store", &error.message).await?,
                 Err(error) => return Err(error.into()),

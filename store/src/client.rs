@@ -38,6 +38,9 @@ impl StoreClient {
             }
             Ok((StoreReply::Error(error), _)) => Err(StoreError::Refused(error)),
             Ok(reply) => Ok(reply),
+            Err(error @ RequestError::TooLarge(..)) => {
+                Err(StoreError::refused(ErrorCode::Limit, error.to_string()))
+            }
             Err(RequestError::Frame(_, error)) => Err(StoreError::Refused(error.to_wire())),
             Err(error) => Err(StoreError::Unavailable(error.to_string())),
         }

@@ -404,27 +404,46 @@ impl Engine {
         if !ours {
             return Vec::new();
         }
-        let current = reject.at.is_none_or(|(_, round)| round == self.round);
-        match reject.error.code {
-            ErrorCode::BadChecksum | ErrorCode::NotReady | ErrorCode::Unavailable | ErrorCode::Internal => {
-                if let Some((shard, _)) = reject.at.filter(|_| current)
-                    && let Some(pushed) =
-                        self.shards.get_mut(shard as usize).and_then(|shard| shard.pushed.as_mut())
-                    && pushed.sent.take().is_some()
-                {
-                    pushed.not_before = Some(now + Duration::from_millis(50));
-                    self.in_flight = self.in_flight.saturating_sub(pushed.frame.len() as u64);
-                    self.ready.insert(shard);
-                }
+        let Some((shard, round)) = reject.at else {
+            // Bytes that nobody could read: perhaps ours, broken on the way, perhaps a stranger's on our
+            // subject. Sending again is harmless in both cases.
+            if reject.error.code == ErrorCode::BadChecksum {
+                let all = 0..u32::try_from(self.shards.len()).unwrap_or(u32::MAX);
+                all.for_each(|shard| self.send_again(shard, now));
+            } else {
+                self.advice = Some(reject.error);
             }
-            // The contribution stays in its round as a void: the result will come.
-            ErrorCode::WrongShape | ErrorCode::NonFinite if current => self.advice = Some(reject.error),
-            ErrorCode::WrongShape | ErrorCode::NonFinite => {}
-            _ if current || reject.at.is_none() => self.fail(reject.error),
+            self.pump(now);
+            return std::mem::take(&mut self.actions);
+        };
+        let current = round == self.round;
+        match reject.error.code {
+            ErrorCode::BadChecksum | ErrorCode::NotReady | ErrorCode::Unavailable | ErrorCode::Internal
+                if current =>
+            {
+                self.send_again(shard, now);
+            }
+            // The contribution stays in its round as a void, and the result will come; or its job fails,
+            // and that is told too.
+            ErrorCode::WrongShape | ErrorCode::NonFinite | ErrorCode::PoisonContribution if current => {
+                self.advice = Some(reject.error);
+            }
+            _ if current => self.fail(reject.error),
             _ => {}
         }
         self.pump(now);
         std::mem::take(&mut self.actions)
+    }
+
+    /// Sends a shard's contribution once more, if it was sent at all.
+    fn send_again(&mut self, shard: ShardIndex, now: Instant) {
+        if let Some(pushed) = self.shards.get_mut(shard as usize).and_then(|shard| shard.pushed.as_mut())
+            && pushed.sent.take().is_some()
+        {
+            pushed.not_before = Some(now + Duration::from_millis(50));
+            self.in_flight = self.in_flight.saturating_sub(pushed.frame.len() as u64);
+            self.ready.insert(shard);
+        }
     }
 
     /// Nothing will come back any more.

@@ -280,7 +280,7 @@ fn rejects_do_what_their_code_says() {
         (Code::RoundAhead, true, false, false, true),
         (Code::Diverged, true, false, false, true),
         (Code::JobFailed, true, false, false, true),
-        (Code::PoisonContribution, true, false, false, true),
+        (Code::PoisonContribution, true, false, true, false),
     ];
     for (code, current, again, advice, failure) in cases {
         let mut bench = Bench::new(1, 100);
@@ -292,12 +292,16 @@ fn rejects_do_what_their_code_says() {
         assert_eq!(bench.engine.advice().is_some(), advice, "{code}");
         assert_eq!(bench.engine.failure().is_some(), failure, "{code}");
     }
-    // Bytes that nobody could read: only a wrong release or a broken sender makes them.
-    for (code, failure) in [(Code::WireVersion, true), (Code::Malformed, true), (Code::BadChecksum, false)] {
+    // Bytes that nobody could read may be a stranger's on our subject: told, never fatal, sent again if they
+    // may be ours, broken on the way.
+    for (code, again) in [(Code::WireVersion, false), (Code::Malformed, false), (Code::BadChecksum, true)] {
         let mut bench = Bench::new(1, 100);
         bench.push(0);
+        bench.confirmed(0);
         bench.reject(code, None);
-        assert_eq!(bench.engine.failure().is_some(), failure, "{code}");
+        assert!(bench.engine.failure().is_none(), "{code}");
+        assert_eq!(bench.engine.advice().is_some(), !again, "{code}");
+        assert_eq!(bench.after(50) == ["publish 0@1"], again, "{code}");
     }
 }
 
