@@ -13,4 +13,4 @@ mod run;
 mod service;
 pub mod windows;
 
-pub use run::{Config, run};
+pub use run::{Config, GatewayError, run};

@@ -344,7 +344,7 @@ async fn a_contribution_that_kills_its_invokers_is_put_aside() {
             }
         }
     }
-    println!("{life} invokers died of it");
+    eprintln!("{life} invokers died of it");
     let mut worker = training::join(&client, &bystander, 0).await.expect("joined");
     training::round(&mut worker).await.expect("others are not affected");
 }

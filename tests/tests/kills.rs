@@ -136,7 +136,7 @@ async fn kill_by_plan(cluster: &Cluster, trainers: &Trainers, plans: &[(&str, St
         cluster.kill(&next);
         killed += 1;
     }
-    println!("{killed} kills in {} plans", plans.len());
+    eprintln!("{killed} kills in {} plans", plans.len());
 }
 
 fn check(results: &[(u64, Vec<f32>, Book)], function: &FunctionSpec) {
@@ -150,7 +150,7 @@ fn check(results: &[(u64, Vec<f32>, Book)], function: &FunctionSpec) {
             assert_eq!(*counted, (0..WORKERS).collect::<Vec<_>>(), "round {round} of shard {shard} (I1)");
         }
     }
-    println!("{rounds} rounds, all bits as undisturbed");
+    eprintln!("{rounds} rounds, all bits as undisturbed");
 }
 
 fn count_hits(cluster: &Cluster) -> BTreeMap<String, usize> {
@@ -159,7 +159,7 @@ fn count_hits(cluster: &Cluster) -> BTreeMap<String, usize> {
         let stage = hit.split(' ').next().unwrap_or_default().to_owned();
         *hits.entry(stage).or_insert(0) += 1;
     }
-    println!("hits by stage: {hits:?}");
+    eprintln!("hits by stage: {hits:?}");
     hits
 }
 
@@ -255,5 +255,5 @@ async fn random_kills_with_quorums_match_their_ledgers() {
             training::assert_same_bits(parameters, &expected, "a replay of the ledgers");
         }
     }
-    println!("{last} rounds match a replay of their ledgers");
+    eprintln!("{last} rounds match a replay of their ledgers");
 }

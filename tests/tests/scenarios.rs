@@ -85,7 +85,7 @@ async fn the_pool_grows_from_nothing_and_shrinks_to_nothing() {
         for parameters in train(&service.client, name, sgd(), 2, 3).await {
             training::assert_same_bits(&parameters, &expected, name);
         }
-        println!("{name}: three rounds from zero invokers in {:?}", begun.elapsed());
+        eprintln!("{name}: three rounds from zero invokers in {:?}", begun.elapsed());
         eventually("the pool to be empty again", async || status.borrow().invokers == 0).await;
     }
     service.stop().await;

@@ -115,7 +115,7 @@ pub async fn autoscaler(config: Config, forwarded: Vec<String>) -> anyhow::Resul
     let host = Host::open(&config, &["autoscaler"]).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
         let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
-            config::Actuator::External => Box::new(ExternalActuator::default()),
+            config::Actuator::External => Box::new(ExternalActuator),
             config::Actuator::Auto | config::Actuator::Process => {
                 let program = std::env::current_exe().context("finding this program")?;
                 Box::new(process_actuator(&program, &config, &forwarded))

@@ -219,7 +219,7 @@ async fn look_after(
 
 fn actuator(config: &Config, store: LocalStore) -> anyhow::Result<Box<dyn Actuator>> {
     Ok(match config.autoscaler.actuator {
-        config::Actuator::External => Box::new(ExternalActuator::default()),
+        config::Actuator::External => Box::new(ExternalActuator),
         config::Actuator::Process => {
             let program = std::env::current_exe().context("finding this program")?;
             Box::new(services::process_actuator(&program, config, &[]))

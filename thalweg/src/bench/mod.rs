@@ -10,6 +10,7 @@ mod store;
 mod worker;
 
 use clap::Subcommand;
+use tokio::signal::unix::{SignalKind, signal};
 
 pub use raw::FolderArgs;
 pub use worker::WorkerArgs;
@@ -36,11 +37,20 @@ enum What {
 /// # Errors
 /// When a part cannot run or a result is wrong.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    survive_interrupts()?;
     match args.what {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
         What::Store(args) => store::run(&args),
     }
+}
+
+/// Ctrl-C ends the processes of a benchmark, which then ends by itself and cleans up.
+fn survive_interrupts() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut interrupts = runtime.block_on(async { signal(SignalKind::interrupt()) })?;
+    std::thread::spawn(move || runtime.block_on(async { while interrupts.recv().await.is_some() {} }));
+    Ok(())
 }
 
 /// A worker process.

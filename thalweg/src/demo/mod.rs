@@ -94,7 +94,7 @@ enum Line {
 /// # Errors
 /// When a part cannot run, with what to do.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    if BATCH % args.workers as usize != 0 {
+    if !BATCH.is_multiple_of(args.workers as usize) {
         bail!(
             "{} workers do not share a batch of {BATCH} evenly: use 1, 2, 4, 8, 16, 32 or 64",
             args.workers
