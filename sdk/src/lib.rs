@@ -33,5 +33,7 @@ pub use client::{Client, JoinOptions};
 pub use error::Error;
 pub use job::Job;
 pub use thalweg_broker::NatsConfig;
-pub use thalweg_protocol::{Durability, ErrorCode, FunctionSpec, NonFinite, Setting, WireError};
+pub use thalweg_protocol::{
+    Durability, ErrorCode, FunctionSpec, JobKey, Name, NonFinite, ParameterGroup, Setting, WireError,
+};
 pub use worker::{Round, Worker};

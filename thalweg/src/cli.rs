@@ -93,6 +93,7 @@ impl Common {
         let flags = flags.filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let overrides = self.overrides.iter().cloned().chain(flags).collect();
         let config: Config = Loader::new("THALWEG").file(self.config.clone()).overrides(overrides).load()?;
+        config.check()?;
         if self.dump_config {
             use std::io::Write as _;
             std::io::stdout().write_all(dump(&config)?.as_bytes())?;
@@ -100,15 +101,6 @@ impl Common {
         }
         thalweg_telemetry::logs::init(&config.log.filter, config.log.format)?;
         Ok(Some(config))
-    }
-
-    /// The file and overrides, for a child that shall see the same configuration.
-    pub(crate) fn forwarded(&self) -> Vec<String> {
-        let file = self.config.iter().flat_map(|path| ["--config".to_owned(), path.display().to_string()]);
-        let sets =
-            self.overrides.iter().flat_map(|(key, value)| ["--set".to_owned(), format!("{key}={value}")]);
-        let url = self.nats_url.iter().flat_map(|url| ["--nats-url".to_owned(), url.clone()]);
-        file.chain(sets).chain(url).collect()
     }
 }
 
@@ -142,8 +134,7 @@ impl Cli {
             }
             Command::Autoscaler(common) => {
                 let Some(config) = common.load(&[])? else { return Ok(()) };
-                let forwarded = common.forwarded();
-                runtime()?.block_on(services::autoscaler(config, forwarded))
+                runtime()?.block_on(services::autoscaler(config))
             }
             Command::Demo(args) => runtime()?.block_on(demo::run(args)),
             Command::Bench(args) => bench::run(args),

@@ -30,6 +30,22 @@ pub struct Config {
     pub log: Log,
 }
 
+impl Config {
+    /// Checks what no component can check by itself.
+    ///
+    /// # Errors
+    /// Naming the key and what would be accepted.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let most = thalweg_protocol::limits::MAX_PARTITIONS;
+        anyhow::ensure!(
+            (1..=most).contains(&self.streams.partitions),
+            "streams.partitions = {}: 1 to {most}",
+            self.streams.partitions
+        );
+        Ok(())
+    }
+}
+
 /// The autoscaler and how it starts invokers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

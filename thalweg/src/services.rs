@@ -107,18 +107,18 @@ async fn find_store(
     }
 }
 
-/// `thalweg autoscaler`; `forwarded` are the arguments that make its invokers see the same configuration.
+/// `thalweg autoscaler`.
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn autoscaler(config: Config, forwarded: Vec<String>) -> anyhow::Result<()> {
+pub async fn autoscaler(config: Config) -> anyhow::Result<()> {
     let host = Host::open(&config, &["autoscaler"]).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
         let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
             config::Actuator::External => Box::new(ExternalActuator),
             config::Actuator::Auto | config::Actuator::Process => {
                 let program = std::env::current_exe().context("finding this program")?;
-                Box::new(process_actuator(&program, &config, &forwarded))
+                Box::new(process_actuator(&program, &config))
             }
         };
         let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
@@ -132,17 +132,27 @@ pub async fn autoscaler(config: Config, forwarded: Vec<String>) -> anyhow::Resul
     Ok(())
 }
 
-/// Invokers as children of this process.
-pub(crate) fn process_actuator(program: &Path, config: &Config, forwarded: &[String]) -> ProcessActuator {
+/// Invokers as children of this process, with this process's settings for them.
+pub(crate) fn process_actuator(program: &Path, config: &Config) -> ProcessActuator {
+    let invoker = &config.invoker;
+    let sets = [
+        ("invoker.cpu_quota", format!("{:?}", invoker.cpu_quota)),
+        ("invoker.memory_bytes", invoker.memory_bytes.to_string()),
+        ("invoker.invocations", invoker.invocations.to_string()),
+        ("invoker.beat_ms", invoker.beat_ms.to_string()),
+        ("invoker.drain_ms", invoker.drain_ms.to_string()),
+        ("log.filter", config.log.filter.clone()),
+        ("log.format", config.log.format.to_string()),
+    ];
+    let credentials =
+        config.nats.credentials.iter().map(|path| ("nats.credentials", path.display().to_string()));
     let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
     args.push("127.0.0.1:0".into());
     args.extend(["--nats-url".into(), config.nats.url.clone()]);
-    let mut forwarded = forwarded.iter();
-    while let Some(flag) = forwarded.next() {
-        let value = forwarded.next().cloned().unwrap_or_default();
-        if flag != "--nats-url" {
-            args.extend([flag.clone(), value]);
-        }
+    for (key, value) in sets.into_iter().chain(credentials) {
+        args.extend(["--set".into(), format!("{key}={value}")]);
     }
-    ProcessActuator::new(program, args, Duration::from_millis(config.autoscaler.policy.drain_timeout_ms))
+    let drain = Duration::from_millis(config.autoscaler.policy.drain_timeout_ms);
+    let actuator = ProcessActuator::new(program, args, drain);
+    if config.autoscaler.policy.drain_on_shutdown { actuator } else { actuator.leave_running() }
 }

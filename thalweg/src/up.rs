@@ -222,7 +222,7 @@ fn actuator(config: &Config, store: LocalStore) -> anyhow::Result<Box<dyn Actuat
         config::Actuator::External => Box::new(ExternalActuator),
         config::Actuator::Process => {
             let program = std::env::current_exe().context("finding this program")?;
-            Box::new(services::process_actuator(&program, config, &[]))
+            Box::new(services::process_actuator(&program, config))
         }
         config::Actuator::Auto => {
             let (nats, invoker) = (config.nats.clone(), config.invoker.clone());

@@ -5,4 +5,3 @@ mod common;
 mod reductions;
 mod settings;
 mod sgd;
-mod throughput;

@@ -425,7 +425,12 @@ impl Engine {
             }
             // The contribution stays in its round as a void, and the result will come; or its job fails,
             // and that is told too.
-            ErrorCode::WrongShape | ErrorCode::NonFinite | ErrorCode::PoisonContribution if current => {
+            ErrorCode::WrongShape
+            | ErrorCode::NonFinite
+            | ErrorCode::Malformed
+            | ErrorCode::PoisonContribution
+                if current =>
+            {
                 self.advice = Some(reject.error);
             }
             _ if current => self.fail(reject.error),
