@@ -261,7 +261,7 @@ impl Worker {
 
     /// A frame for this round's contribution; `None` when the shard has moved on already.
     fn frame(&self, shard: ShardIndex, void: bool) -> Option<FrameBuilder> {
-        let engine = self.shared.engine();
+        let mut engine = self.shared.engine();
         let Head { version, state_id, .. } = engine.head(shard)?;
         let round = engine.round();
         if version >= round {
@@ -280,7 +280,11 @@ impl Worker {
             void,
             elements: u32::try_from(elements).unwrap_or(u32::MAX),
         };
-        Some(FrameBuilder::new(Kind::Gradient, &header, if void { 0 } else { elements * 4 }))
+        if void {
+            return Some(FrameBuilder::new(Kind::Gradient, &header, 0));
+        }
+        // Every element is written before the frame is finished, so what the memory held before never shows.
+        Some(FrameBuilder::reusing(engine.buffer(), Kind::Gradient, &header, elements * 4))
     }
 
     /// Waits for a tensor's result and copies it into `values`. A tensor can be pulled once a round.

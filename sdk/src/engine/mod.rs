@@ -41,6 +41,9 @@ impl Default for Timing {
 /// broker's ingest buffers never overflow.
 const UNCONFIRMED_BYTES: u64 = 16 << 20;
 
+/// Memory of finished frames that is kept for the next ones.
+const SPARE_BYTES: usize = 64 << 20;
+
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -114,6 +117,9 @@ pub struct Engine {
     streams: Vec<i64>,
     failure: Option<WireError>,
     advice: Option<WireError>,
+    /// Frames whose results are held, for their memory.
+    spare: Vec<Bytes>,
+    spare_bytes: usize,
     actions: Vec<Action>,
 }
 
@@ -151,6 +157,8 @@ impl Engine {
             streams: Vec::new(),
             failure: None,
             advice: None,
+            spare: Vec::new(),
+            spare_bytes: 0,
             actions: Vec::new(),
         }
     }
@@ -235,6 +243,15 @@ impl Engine {
         let head = shard.head.filter(|head| head.version >= self.round)?;
         let (ledger, values) = shard.result.as_ref()?;
         Some(ShardResult { head, ledger: ledger.clone(), values: values.clone() })
+    }
+
+    /// Memory for the next frame: that of a finished one which nobody else holds, or none.
+    #[must_use]
+    pub fn buffer(&mut self) -> Vec<u8> {
+        let Some(index) = self.spare.iter().position(Bytes::is_unique) else { return Vec::new() };
+        let frame = self.spare.swap_remove(index);
+        self.spare_bytes -= frame.len();
+        Vec::from(frame)
     }
 
     /// Drops a shard's values; its ledger stays until the next round.
@@ -349,6 +366,10 @@ impl Engine {
                 self.in_flight = self.in_flight.saturating_sub(pushed.frame.len() as u64);
             }
             self.ready.remove(&shard);
+            if self.spare_bytes + pushed.frame.len() <= SPARE_BYTES {
+                self.spare_bytes += pushed.frame.len();
+                self.spare.push(pushed.frame);
+            }
         }
         self.target = self.target.max(head.version);
         self.count_missing();
