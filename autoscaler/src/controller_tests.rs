@@ -85,7 +85,7 @@ impl World {
         self.now += 1;
         if self.observable {
             let bytes = self.depth_bytes / u64::from(PARTITIONS);
-            let depth = PartitionDepth { messages: bytes.div_ceil(MIB), bytes };
+            let depth = PartitionDepth { messages: bytes.div_ceil(MIB), bytes, ..PartitionDepth::default() };
             self.controller.observed(&vec![depth; usize::from(PARTITIONS)], self.now);
         }
         self.step();

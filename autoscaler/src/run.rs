@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use thalweg_broker::{
-    Backoff, Connection, Registry, RegistryError, Report, Revision, StreamsConfig, ensure_streams,
-    stream_depths,
+    Backoff, Connection, Registry, RegistryError, Report, Revision, StreamsConfig, consumer_epochs,
+    ensure_streams, stream_depths,
 };
-use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, Placement, frame, subjects};
+use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, PlacedPartition, Placement, frame, subjects};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -341,7 +341,16 @@ impl Shell {
 
     async fn read_placement(&mut self) -> Result<(), RegistryError> {
         let (placement, revision) = self.registry.get::<Placement>(PLACEMENT_KEY).await?;
-        let (placement, now) = (placement.unwrap_or_default(), self.clock.now());
+        let placement = match placement {
+            Some(placement) => placement,
+            // A first start, or a registry that was lost: consumers that are left name the epochs in use.
+            None => {
+                let epochs = consumer_epochs(&self.connection.jetstream, self.streams.partitions).await?;
+                let unheld = epochs.into_iter().map(|epoch| PlacedPartition { epoch, holder: None });
+                Placement { partitions: unheld.collect() }
+            }
+        };
+        let now = self.clock.now();
         self.placement = Some(Known { revision, read: Instant::now() });
         if self.controller.leads() {
             self.controller.placed(placement, now);

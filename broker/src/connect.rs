@@ -36,6 +36,8 @@ pub struct Connection {
 /// Messages a subscription may hold before the client drops some and says so. Everything that
 /// flows in bulk is pulled by credit or bounded by windows, so this only has to absorb bursts.
 const SUBSCRIPTION_CAPACITY: usize = 16 * 1024;
+/// The first version that refuses publications beyond its buffers (429) instead of dropping them.
+const LEAST_VERSION: (u32, u32) = (2, 11);
 const JETSTREAM_TIMEOUT: Duration = Duration::from_secs(3);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -96,6 +98,15 @@ impl Connection {
             };
             match result {
                 Ok(client) => {
+                    let version = client.server_info().version;
+                    if !is_recent(&version) {
+                        return Err(std::io::Error::other(format!(
+                            "the NATS server at {} has version {version}; {}.{} or later is needed: update nats-server",
+                            redacted(&config.url),
+                            LEAST_VERSION.0,
+                            LEAST_VERSION.1
+                        )));
+                    }
                     if reported {
                         tracing::info!(url = redacted(&config.url), "NATS is there");
                     }
@@ -133,6 +144,16 @@ impl Connection {
     }
 }
 
+/// Whether a server's version is one that has what is used here. One that cannot be read is let pass: a
+/// build of somebody's own.
+fn is_recent(version: &str) -> bool {
+    let mut parts = version.trim_start_matches('v').split('.').map(str::parse::<u32>);
+    match (parts.next(), parts.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= LEAST_VERSION,
+        _ => true,
+    }
+}
+
 /// The URL without user and password.
 fn redacted(url: &str) -> String {
     match url.rsplit_once('@') {
@@ -148,4 +169,25 @@ pub type Report = std::sync::Arc<dyn Fn(Option<&str>) + Send + Sync>;
 #[must_use]
 pub fn no_report() -> Report {
     std::sync::Arc::new(|_| {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_servers_are_refused() {
+        for version in ["2.11.0", "2.15.1", "3.0.0", "v2.11.0-RC.1", "dev"] {
+            assert!(is_recent(version), "{version}");
+        }
+        for version in ["2.10.29", "2.9.10", "1.4.1"] {
+            assert!(!is_recent(version), "{version}");
+        }
+    }
+
+    #[test]
+    fn passwords_are_not_shown() {
+        assert_eq!(redacted("nats://me:secret@host:4222"), "nats://…@host:4222");
+        assert_eq!(redacted("nats://host:4222"), "nats://host:4222");
+    }
 }

@@ -15,4 +15,6 @@ pub use connect::{Connection, NatsConfig, Report, no_report};
 pub use lease::{LeaseConfig, LeaseKeeper};
 pub use registry::{Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};
-pub use streams::{PartitionDepth, StreamStorage, StreamsConfig, ensure_streams, stream_depths};
+pub use streams::{
+    PartitionDepth, StreamStorage, StreamsConfig, consumer_epochs, ensure_streams, stream_depths,
+};

@@ -6,7 +6,7 @@ use async_nats::jetstream::{
 };
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Partition, STREAMS_KEY, Streams, limits, subjects};
+use thalweg_protocol::{Epoch, Partition, STREAMS_KEY, Streams, limits, subjects};
 
 use crate::{Registry, RegistryError};
 
@@ -85,6 +85,27 @@ pub async fn ensure_streams(
     }
 }
 
+/// The highest epoch in the names of each partition's consumers, for a registry that has forgotten the
+/// placement while the streams have not (rule P14).
+///
+/// # Errors
+/// [`RegistryError::Unavailable`], also when a stream is missing.
+pub async fn consumer_epochs(
+    jetstream: &jetstream::Context,
+    partitions: Partition,
+) -> Result<Vec<Epoch>, RegistryError> {
+    let unavailable = |error: &dyn std::fmt::Display| RegistryError::Unavailable(error.to_string());
+    let mut epochs = Vec::with_capacity(usize::from(partitions));
+    for partition in 0..partitions {
+        let name = subjects::gradient_stream(partition);
+        let stream = jetstream.get_stream_no_info(name).await.map_err(|error| unavailable(&error))?;
+        let names: Vec<String> =
+            stream.consumer_names().try_collect().await.map_err(|error| unavailable(&error))?;
+        epochs.push(names.iter().map(|name| subjects::consumer_epoch(name)).max().unwrap_or(0));
+    }
+    Ok(epochs)
+}
+
 fn gradient_stream(partition: Partition, config: &StreamsConfig) -> Config {
     Config {
         name: subjects::gradient_stream(partition),
@@ -110,6 +131,10 @@ pub struct PartitionDepth {
     pub messages: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// Sequence of the oldest message, or of the next one when there is none.
+    pub first_sequence: u64,
+    /// Sequence of the newest message that ever was.
+    pub last_sequence: u64,
 }
 
 /// Depth of every partition, read in one listing; an error if any stream is missing, because a
@@ -131,7 +156,17 @@ pub async fn stream_depths(
             let name = subjects::gradient_stream(partition);
             let info = infos.iter().find(|info| info.config.name == name);
             let info = info.ok_or_else(|| RegistryError::Unavailable(format!("stream {name} is missing")))?;
-            Ok(PartitionDepth { messages: info.state.messages, bytes: info.state.bytes })
+            let state = &info.state;
+            Ok(PartitionDepth {
+                messages: state.messages,
+                bytes: state.bytes,
+                first_sequence: if state.messages == 0 {
+                    state.last_sequence + 1
+                } else {
+                    state.first_sequence
+                },
+                last_sequence: state.last_sequence,
+            })
         })
         .collect()
 }

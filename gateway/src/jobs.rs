@@ -6,9 +6,9 @@ use async_nats::Client;
 use bytes::Bytes;
 use thalweg_broker::{Registry, RegistryError};
 use thalweg_protocol::{
-    Claim, Commit, CommitOutcome, ErrorCode, Incarnation, JobKey, JobRecord, JobSpec, JobState, Layout,
-    Ledger, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreJob, StoreRecord, Version, WireError,
-    job_key, limits, roster_key,
+    Claim, Commit, CommitOutcome, Durability, ErrorCode, Incarnation, JobKey, JobRecord, JobSpec, JobState,
+    Layout, Ledger, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreJob, StoreRecord, Version,
+    WireError, job_key, limits, roster_key,
 };
 use thalweg_store::{ShardStore, StoreClient, StoreError};
 
@@ -23,6 +23,7 @@ pub(crate) struct Jobs {
     pub(crate) registry: Registry,
     pub(crate) client: Client,
     pub(crate) partitions: Partition,
+    pub(crate) nats_syncs_always: bool,
 }
 
 fn unavailable(error: RegistryError) -> WireError {
@@ -103,6 +104,14 @@ impl Jobs {
             store.create(store_job(&record)).await.map_err(store_error)?;
             if self.registry.put(&name, &record, revision).await.map_err(unavailable)?.is_ok() {
                 tracing::info!(job = %spec.key, incarnation = %record.incarnation, "job created");
+                if spec.durability == Durability::Disk && !self.nats_syncs_always {
+                    tracing::warn!(
+                        job = %spec.key,
+                        "the shards of this job survive power loss, its record in the registry may not: run the NATS \
+                         server with `sync_interval: always` and set gateway.nats_syncs_always, or with `thalweg up` \
+                         embedded.sync_always"
+                    );
+                }
                 return self.get(&spec.key).await;
             }
             // Another gateway was quicker; what we prepared belongs to nobody.

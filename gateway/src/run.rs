@@ -35,6 +35,9 @@ pub struct Config {
     /// Bytes that all workers together may have in flight. The NATS server must be able to keep this
     /// and some headroom. Default 1 GiB.
     pub window_budget_bytes: u64,
+    /// The operator's word that the NATS server runs with `sync_interval: always`, which a client cannot
+    /// see; without it jobs of level `disk` are created with a warning. Default false.
+    pub nats_syncs_always: bool,
     /// Terms of the lease among several gateways.
     pub lease: LeaseConfig,
 }
@@ -45,6 +48,7 @@ impl Default for Config {
             http_listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             worker_lease_ms: 10_000,
             window_budget_bytes: 1 << 30,
+            nats_syncs_always: false,
             lease: LeaseConfig::default(),
         }
     }
@@ -87,6 +91,7 @@ pub async fn run(
         registry: registry.clone(),
         client: connection.client.clone(),
         partitions: streams.partitions,
+        nats_syncs_always: config.nats_syncs_always,
     };
     let lease = Duration::from_millis(config.worker_lease_ms.max(100));
     let windows = Windows::new(config.window_budget_bytes, Instant::now(), Duration::ZERO);
@@ -275,15 +280,12 @@ async fn refresh(gateway: &Gateway, subject: &str) {
 
 /// Expires silent workers and frees the windows of those whose messages are gone.
 async fn sweep_workers(gateway: &Gateway, connection: &Connection, partitions: u16) {
-    let (expired, gone) = {
+    let (expired, has_gone) = {
         let mut shared = gateway.shared();
         let members = shared.members();
         let (jobs, workers) = (shared.rosters.len(), members.len());
         metrics::totals(jobs, workers, shared.windows.granted_bytes());
-        let present: Vec<_> = members.iter().map(|member| member.incarnation).collect();
-        let expired = shared.leases.expired(members, Instant::now());
-        let gone: Vec<_> = shared.windows.gone().filter(|worker| !present.contains(worker)).collect();
-        (expired, gone)
+        (shared.leases.expired(members, Instant::now()), shared.windows.has_gone())
     };
     for worker in expired {
         let (job, rank, incarnation) = describe(&worker);
@@ -303,13 +305,7 @@ async fn sweep_workers(gateway: &Gateway, connection: &Connection, partitions: u
             Err(error) => tracing::debug!(%key, %error, "shards not levelled yet"),
         }
     }
-    if !gone.is_empty() {
-        // Once the queues are empty nothing of anybody is left; a busy pool frees windows as it idles.
-        let depths = thalweg_broker::stream_depths(&connection.jetstream, partitions).await;
-        let empty = depths.is_ok_and(|depths| depths.iter().all(|depth| depth.messages == 0));
-        if empty {
-            let mut shared = gateway.shared();
-            gone.into_iter().for_each(|worker| shared.windows.release(worker));
-        }
+    if has_gone && let Ok(queues) = thalweg_broker::stream_depths(&connection.jetstream, partitions).await {
+        gateway.shared().windows.settle(&queues);
     }
 }

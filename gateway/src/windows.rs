@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use thalweg_broker::PartitionDepth;
 use thalweg_protocol::Incarnation;
 
 /// The grants of one gateway. Pure: time comes in as an argument.
@@ -17,13 +18,20 @@ pub struct Windows {
     grants: HashMap<Incarnation, Grant>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Grant {
     bytes: u64,
     least: u64,
     active: bool,
-    /// Present once its worker is off the roster: its messages may still be with the broker.
-    gone: bool,
+    presence: Presence,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Presence {
+    Member,
+    /// Off the roster, but its messages may still be with the broker: all of them are among the first so
+    /// many of each queue, as was read after it had left.
+    Gone(Option<Vec<u64>>),
 }
 
 impl Windows {
@@ -42,7 +50,7 @@ impl Windows {
     /// Renews a worker's window; idle workers are left with the least one.
     pub fn beat(&mut self, worker: Incarnation, held: u64, least: u64, active: bool, now: Instant) -> u64 {
         // A worker that a former leader knew: what it holds is in use.
-        self.grants.entry(worker).or_insert(Grant { bytes: held, least, active, gone: false });
+        self.grants.entry(worker).or_insert(Grant { bytes: held, least, active, presence: Presence::Member });
         let others = self.active() - u64::from(self.grants.get(&worker).is_some_and(|grant| grant.active));
         let share = if active { self.budget_bytes / (others + 1) } else { least };
         self.grant(worker, least, share, active, now)
@@ -58,25 +66,38 @@ impl Windows {
         if now < self.settled_at {
             bytes = bytes.min(current.max(least));
         }
-        self.grants.insert(worker, Grant { bytes, least, active, gone: false });
+        self.grants.insert(worker, Grant { bytes, least, active, presence: Presence::Member });
         bytes
     }
 
     /// The worker has left the roster: its window stays taken until its messages are gone.
     pub fn leave(&mut self, worker: Incarnation) {
         if let Some(grant) = self.grants.get_mut(&worker) {
-            (grant.gone, grant.active) = (true, false);
+            (grant.presence, grant.active) = (Presence::Gone(None), false);
         }
     }
 
-    /// Workers that left and whose messages may still be with the broker.
-    pub fn gone(&self) -> impl Iterator<Item = Incarnation> + '_ {
-        self.grants.iter().filter(|(_, grant)| grant.gone).map(|(worker, _)| *worker)
+    /// Whether windows of workers that left wait to be freed.
+    #[must_use]
+    pub fn has_gone(&self) -> bool {
+        self.grants.values().any(|grant| grant.presence != Presence::Member)
     }
 
-    /// The broker has nothing of this worker any more.
-    pub fn release(&mut self, worker: Incarnation) {
-        self.grants.remove(&worker);
+    /// Frees the windows of workers that left, once every message that was queued then has left its queue.
+    /// `queues` are all partitions, read after [`Self::leave`].
+    pub fn settle(&mut self, queues: &[PartitionDepth]) {
+        self.grants.retain(|_, grant| {
+            let Presence::Gone(marks) = &mut grant.presence else { return true };
+            let Some(marks) = marks else {
+                *marks = Some(queues.iter().map(|queue| queue.last_sequence).collect());
+                return true;
+            };
+            // A queue that has not come that far was created anew, and the old messages went with it.
+            let passed = |(queue, mark): (&PartitionDepth, &u64)| {
+                queue.first_sequence > *mark || queue.last_sequence < *mark
+            };
+            !queues.iter().zip(marks.iter()).all(passed)
+        });
     }
 
     fn active(&self) -> u64 {
@@ -120,7 +141,16 @@ mod tests {
         assert_eq!(windows.beat(id(2), 50, 1, true, now), 99);
         windows.leave(id(2));
         assert_eq!(windows.beat(id(1), 1, 1, true, now), 1, "a dead one's messages are still there");
-        windows.release(id(2));
+        let queue = |first_sequence, last_sequence| PartitionDepth {
+            first_sequence,
+            last_sequence,
+            ..PartitionDepth::default()
+        };
+        windows.settle(&[queue(3, 7), queue(1, 0)]);
+        windows.settle(&[queue(7, 20), queue(1, 4)]);
+        assert!(windows.has_gone(), "message 7 may be its");
+        windows.settle(&[queue(8, 20), queue(1, 4)]);
+        assert!(!windows.has_gone(), "though the queues are not empty");
         assert_eq!(windows.beat(id(1), 1, 1, true, now), 100);
     }
 

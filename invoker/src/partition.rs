@@ -90,7 +90,7 @@ pub(crate) async fn take_over(
     let consumers: Vec<_> = stream.consumers().try_collect().await.map_err(|error| broker(&error))?;
     let mut unclean = false;
     for consumer in consumers {
-        let theirs = epoch_of(&consumer.name);
+        let theirs = subjects::consumer_epoch(&consumer.name);
         if theirs > epoch {
             return Ok(Takeover::HigherEpoch(theirs));
         }
@@ -100,7 +100,7 @@ pub(crate) async fn take_over(
             tracing::debug!(%error, consumer = consumer.name, "consumer was gone already");
         }
     }
-    let name = format!("e{epoch}-{:016x}", rand::random::<u64>());
+    let name = subjects::consumer(epoch, rand::random());
     let config = pull::Config {
         durable_name: Some(name.clone()),
         ack_policy: AckPolicy::Explicit,
@@ -173,14 +173,6 @@ pub(crate) async fn clear_suspect(registry: &Registry, partition: Partition) -> 
         let _ = registry.delete(&key, revision).await?;
     }
     Ok(())
-}
-
-fn epoch_of(consumer: &str) -> Epoch {
-    consumer
-        .strip_prefix('e')
-        .and_then(|rest| rest.split('-').next())
-        .and_then(|epoch| epoch.parse().ok())
-        .unwrap_or(0)
 }
 
 impl Holding {

@@ -1,5 +1,8 @@
 //! The shell around the core: one task that moves events in and actions out.
 
+mod holdings;
+mod perform;
+
 use std::{
     collections::HashMap,
     sync::Arc,
@@ -7,24 +10,20 @@ use std::{
 };
 
 use async_nats::jetstream;
-use bytes::Bytes;
 use futures::{StreamExt as _, future::LocalBoxFuture, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
-use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report, stage};
+use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report};
 use thalweg_protocol::{
-    Epoch, InvokerState, JobKey, JobRecord, JobState, Kind, Name, PLACEMENT_KEY, Partition, Placement,
-    ResultHeader, Roster, WireError, frame, job_key, limits, roster_key, subjects,
+    Epoch, InvokerState, JobKey, Kind, Name, Partition, Placement, frame, limits, subjects,
 };
 use thalweg_store::ShardStore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Job,
     beat::Busyness,
-    core::{Action, Core, Delivery, Event, FoldError, InvocationId, Limits, Millis, Plan, ShardKey},
-    fold::{FoldContext, fold},
+    core::{Action, Core, Delivery, Event, Limits, Millis},
     metrics,
-    partition::{Holding, Takeover, clear_suspect, take_over},
+    partition::{Holding, Takeover, TakeoverError},
     quota::Quota,
 };
 
@@ -97,6 +96,7 @@ pub async fn run(
     let mut shell = Shell {
         core: Core::new(limits),
         pull_bytes: config.memory_bytes / PULL_SHARE,
+        starved: false,
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
         partitions: HashMap::new(),
         work: FuturesUnordered::new(),
@@ -143,7 +143,7 @@ enum Slot {
 /// End of something the shell waited for.
 enum Done {
     Event(Event),
-    Took(Partition, Epoch, Result<Takeover, crate::partition::TakeoverError>),
+    Took(Partition, Epoch, Result<Takeover, TakeoverError>),
     Placement(Result<Placement, RegistryError>),
     Nothing,
 }
@@ -163,6 +163,8 @@ struct Shell {
     state: InvokerState,
     placement: Placement,
     pull_bytes: usize,
+    /// A pull was held back while too much waited for look-ups.
+    starved: bool,
     /// Moving average of message sizes, to turn bytes of credit into messages.
     average_bytes: usize,
     /// Actions that came up where nothing can be awaited.
@@ -207,7 +209,7 @@ impl Shell {
                     }
                     tracing::info!("connection is back: taking all partitions over again");
                     self.retake_all();
-                    self.read_placement();
+                    self.read_placement(Duration::ZERO);
                 }
                 () = tokio::time::sleep(tick.unwrap_or(Duration::from_secs(3600))) => {
                     let actions = self.core.handle(Event::Tick, now());
@@ -215,7 +217,7 @@ impl Shell {
                 }
                 _ = beats.tick() => self.beat().await,
                 _ = refresh.tick() => {
-                    self.read_placement();
+                    self.read_placement(Duration::ZERO);
                     self.check_silence();
                 }
                 _ = job_refresh.tick() => {
@@ -238,6 +240,7 @@ impl Shell {
             self.finish_leaving().await;
             let pending = std::mem::take(&mut self.pending);
             self.perform(pending).await;
+            self.pull_again().await;
             if drain_until.is_some() && self.partitions.is_empty() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
@@ -317,184 +320,12 @@ impl Shell {
         }
     }
 
-    /// Takes what is placed here and leaves what is not.
-    fn follow_placement(&mut self) {
-        for (index, placed) in self.placement.partitions.clone().into_iter().enumerate() {
-            let partition = Partition::try_from(index).unwrap_or(Partition::MAX);
-            let ours = placed.holder.as_deref() == Some(self.id.as_str());
-            match self.partitions.get(&partition) {
-                None if ours => self.take(partition, placed.epoch, None),
-                Some(Slot::Taking { epoch }) if ours && *epoch < placed.epoch => {
-                    self.take(partition, placed.epoch, None);
-                }
-                Some(Slot::Held(held)) if ours && held.epoch < placed.epoch => {
-                    self.take(partition, placed.epoch, None);
-                }
-                Some(Slot::Held(held)) if !ours && held.epoch < placed.epoch => self.leave(partition),
-                Some(Slot::Taking { epoch }) if !ours && *epoch < placed.epoch => {
-                    self.partitions.remove(&partition);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn take(&mut self, partition: Partition, epoch: Epoch, own: Option<String>) {
-        self.partitions.insert(partition, Slot::Taking { epoch });
-        let (jetstream, registry) = (self.connection.jetstream.clone(), self.registry.clone());
-        let id = self.id.clone();
-        self.work.push(Box::pin(async move {
-            let result = take_over(&jetstream, &registry, &id, partition, epoch, own).await;
-            Done::Took(partition, epoch, result)
-        }));
-    }
-
-    async fn took(
-        &mut self,
-        partition: Partition,
-        epoch: Epoch,
-        result: Result<Takeover, crate::partition::TakeoverError>,
-    ) {
-        if !matches!(self.partitions.get(&partition), Some(Slot::Taking { epoch: wanted }) if *wanted == epoch)
-        {
-            return;
-        }
-        match result {
-            Ok(Takeover::Held { partition: held, careful_until, poison }) => {
-                self.partitions.insert(partition, Slot::Held(held));
-                let actions = self.core.handle(Event::Held { partition, careful_until, poison }, now());
-                self.perform(actions).await;
-                self.pull(partition).await;
-            }
-            Ok(Takeover::HigherEpoch(theirs)) => {
-                tracing::info!(partition, epoch, theirs, "stepping down: a newer placement holds it");
-                self.partitions.remove(&partition);
-            }
-            Err(error) => {
-                tracing::info!(partition, %error, "taking over is tried again");
-                self.work.push(Box::pin(async move {
-                    tokio::time::sleep(Duration::from_millis(50 + rand::random::<u64>() % 50)).await;
-                    Done::Nothing
-                }));
-                // The next placement reading finds it missing and takes it again.
-                self.partitions.remove(&partition);
-                self.read_placement_soon();
-            }
-        }
-    }
-
-    fn retake(&mut self, partition: Partition, reason: &str) {
-        let (epoch, own) = match self.partitions.get(&partition) {
-            Some(Slot::Held(held)) => (held.epoch, Some(held.consumer.clone())),
-            Some(Slot::Leaving(..)) => {
-                self.lose(partition);
-                return;
-            }
-            _ => return,
-        };
-        tracing::info!(partition, reason, "taking the partition over again");
-        // What was gathered will be delivered again; what is being committed is found committed.
-        self.tell(Event::Lost(partition));
-        self.take(partition, epoch, own);
-    }
-
-    fn retake_all(&mut self) {
-        let held: Vec<_> = self.partitions.keys().copied().collect();
-        held.into_iter().for_each(|partition| self.retake(partition, "the connection was lost"));
-    }
-
-    fn check_silence(&mut self) {
-        let silent: Vec<_> = (self.partitions.iter())
-            .filter(|(_, slot)| matches!(slot, Slot::Held(held) if held.is_silent()))
-            .map(|(partition, _)| *partition)
-            .collect();
-        silent.into_iter().for_each(|partition| self.retake(partition, "its pull request is silent"));
-    }
-
-    /// Starts to give a partition up: what is complete is finished first.
-    fn leave(&mut self, partition: Partition) {
-        if let Some(Slot::Held(held)) = self.partitions.remove(&partition) {
-            let until = Instant::now() + Duration::from_millis(self.config.drain_ms / 2);
-            self.partitions.insert(partition, Slot::Leaving(held, until));
-            self.tell(Event::Drain(partition));
-        }
-    }
-
-    async fn finish_leaving(&mut self) {
-        let done: Vec<_> = (self.partitions.iter())
-            .filter(|(partition, slot)| {
-                matches!(slot, Slot::Leaving(_, until)
-                    if self.core.is_quiet(**partition) || Instant::now() > *until)
-            })
-            .map(|(partition, _)| *partition)
-            .collect();
-        for partition in done {
-            self.release(partition).await;
-        }
-    }
-
-    async fn give_up_all(&mut self) {
-        let all: Vec<_> = self.partitions.keys().copied().collect();
-        for partition in all {
-            self.release(partition).await;
-        }
-    }
-
-    /// Removes our consumer, so that the next holder sees an orderly handover.
-    async fn release(&mut self, partition: Partition) {
-        let slot = self.partitions.remove(&partition);
-        self.tell(Event::Lost(partition));
-        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = slot else { return };
-        // Acknowledgements on their way must arrive before their consumer goes.
-        let _ = self.connection.client.flush().await;
-        let stream = subjects::gradient_stream(partition);
-        if let Err(error) =
-            self.connection.jetstream.delete_consumer_from_stream(&held.consumer, stream).await
-        {
-            tracing::debug!(%error, partition, "consumer was gone already");
-        }
-        tracing::info!(partition, epoch = held.epoch, "gave partition up");
-    }
-
-    fn lose(&mut self, partition: Partition) {
-        self.partitions.remove(&partition);
-        self.tell(Event::Lost(partition));
-    }
-
-    async fn pull(&mut self, partition: Partition) {
-        let count = self.partitions.len().max(1);
-        let batch = (self.pull_bytes / count / self.average_bytes.max(1)).clamp(2, 128) as u64;
-        let Some(Slot::Held(held)) = self.partitions.get_mut(&partition) else { return };
-        if let Some((subject, body)) = held.pull(partition, batch) {
-            let reply = format!("{}.{partition}", self.inbox);
-            // A request that does not arrive is noticed by its silence.
-            let _ = self.connection.client.publish_with_reply(subject, reply, Bytes::from(body)).await;
-        }
-    }
-
-    fn read_placement(&self) {
-        let registry = self.registry.clone();
-        self.work.push(Box::pin(async move {
-            let placement = registry.get::<Placement>(PLACEMENT_KEY).await;
-            Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
-        }));
-    }
-
-    fn read_placement_soon(&self) {
-        let registry = self.registry.clone();
-        self.work.push(Box::pin(async move {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            let placement = registry.get::<Placement>(PLACEMENT_KEY).await;
-            Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
-        }));
-    }
-
     /// Somebody wrote to the registry.
     fn hint(&mut self, subject: &str) {
         let key = subject.strip_prefix(subjects::registry_hint("").as_str()).unwrap_or_default();
         let mut tokens = key.split('.');
         match (tokens.next(), tokens.next(), tokens.next()) {
-            (Some("placement"), None, _) => self.read_placement(),
+            (Some("placement"), None, _) => self.read_placement(Duration::ZERO),
             (Some("job" | "roster"), Some(tenant), Some(job)) => {
                 if let (Ok(tenant), Ok(job)) = (Name::new(tenant), Name::new(job)) {
                     let key = JobKey { tenant, job };
@@ -505,19 +336,6 @@ impl Shell {
             }
             _ => {}
         }
-    }
-
-    fn look_up(&self, key: JobKey) {
-        let registry = self.registry.clone();
-        self.work.push(Box::pin(async move {
-            match read_job(&registry, &key).await {
-                Ok(job) => Done::Event(Event::Job(key, job)),
-                Err(error) => {
-                    tracing::debug!(%key, error, "job not read");
-                    Done::Event(Event::LookUpFailed(key))
-                }
-            }
-        }));
     }
 
     async fn beat(&mut self) {
@@ -533,192 +351,4 @@ impl Shell {
         let frame = frame::seal(Kind::Beat, &beat, &[]);
         let _ = self.connection.client.publish(subjects::invoker_beat(&self.id), frame).await;
     }
-
-    /// Performs actions in order.
-    async fn perform(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::Acknowledge(partition, sequence) => {
-                    stage::reached(stage::BEFORE_ACK);
-                    self.acknowledge(partition, sequence, "+ACK").await;
-                }
-                Action::DeadLetter { partition, sequence, key, error, frame } => {
-                    self.dead_letter(partition, sequence, key.as_ref(), &error, frame).await;
-                }
-                Action::Reject(key, rank, reject) => {
-                    let frame = frame::seal(Kind::Reject, &reject, &[]);
-                    let _ = self.connection.client.publish(subjects::reject(&key, rank), frame).await;
-                }
-                Action::LookUp(key) => self.look_up(key),
-                Action::ReadHead(key) => self.read_head(key),
-                Action::Fold(id, plan) => self.fold(id, plan),
-                Action::Commit(id, commit, state) => {
-                    let (store, begun) = (self.store.clone(), Instant::now());
-                    stage::reached(stage::BEFORE_COMMIT);
-                    self.work.push(Box::pin(async move {
-                        let result = store.commit(commit, state).await;
-                        metrics::committed(begun.elapsed());
-                        Done::Event(Event::Committed(id, result))
-                    }));
-                }
-                Action::Publish(key, header, values) => {
-                    stage::reached(stage::BEFORE_PUBLISH);
-                    self.publish(&key, &header, &values).await;
-                }
-                Action::Republish(key, shard) => self.republish(key, shard),
-                Action::FailJob(key, incarnation, error) => {
-                    let registry = self.registry.clone();
-                    self.work.push(Box::pin(async move {
-                        match fail_job(&registry, &key, incarnation, error).await {
-                            Ok(job) => Done::Event(Event::Job(key, job)),
-                            Err(_) => Done::Event(Event::LookUpFailed(key)),
-                        }
-                    }));
-                }
-            }
-        }
-    }
-
-    async fn acknowledge(&mut self, partition: Partition, sequence: u64, kind: &'static str) {
-        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = self.partitions.get_mut(&partition) else {
-            return;
-        };
-        if let Some(reply) = held.replies.remove(&sequence) {
-            let _ = self.connection.client.publish(reply, Bytes::from_static(kind.as_bytes())).await;
-        }
-    }
-
-    /// Puts a message aside before it is removed from its queue; when that fails it stays there.
-    async fn dead_letter(
-        &mut self,
-        partition: Partition,
-        sequence: u64,
-        key: Option<&JobKey>,
-        error: &WireError,
-        frame: Bytes,
-    ) {
-        tracing::warn!(partition, sequence, %error, "dead letter");
-        let mut headers = async_nats::HeaderMap::new();
-        headers.insert("Thalweg-Code", error.code.as_str());
-        headers.insert("Thalweg-Reason", error.message.replace(['\r', '\n'], " ").as_str());
-        headers.insert("Thalweg-Partition", partition.to_string().as_str());
-        headers.insert("Thalweg-Sequence", sequence.to_string().as_str());
-        let stored =
-            self.connection.jetstream.publish_with_headers(subjects::dead_letter(key), headers, frame).await;
-        let stored = match stored {
-            Ok(acknowledgement) => acknowledgement.await.is_ok(),
-            Err(_) => false,
-        };
-        if stored {
-            self.acknowledge(partition, sequence, "+TERM").await;
-        } else {
-            tracing::warn!(partition, sequence, "dead letter was not stored; the message stays in its queue");
-        }
-    }
-
-    async fn publish(&mut self, key: &JobKey, header: &ResultHeader, values: &[u8]) {
-        self.busyness.folded((values.len() * header.ledger.counted.len()) as u64);
-        let frame = frame::seal(Kind::Result, header, values);
-        // A result that does not arrive is asked for by its workers.
-        let _ = self.connection.client.publish(subjects::result(key), frame).await;
-        if let Some(partition) = self.careful_partition(header) {
-            let registry = self.registry.clone();
-            self.work.push(Box::pin(async move {
-                if let Err(error) = clear_suspect(&registry, partition).await {
-                    tracing::debug!(%error, "suspect not cleared");
-                }
-                Done::Nothing
-            }));
-        }
-    }
-
-    /// The partition of a shard that was folded carefully: its suspect record has to go.
-    fn careful_partition(&self, header: &ResultHeader) -> Option<Partition> {
-        let partitions =
-            Partition::try_from(self.placement.partitions.len()).ok().filter(|count| *count > 0)?;
-        let partition = thalweg_protocol::partition_of(header.job, header.shard, partitions);
-        self.core.is_careful_partition(partition).then_some(partition)
-    }
-
-    fn read_head(&self, key: ShardKey) {
-        let store = self.store.clone();
-        self.work.push(Box::pin(async move {
-            let result = store.fetch_head(key.0, key.1).await;
-            Done::Event(Event::Head(key, result))
-        }));
-    }
-
-    fn republish(&self, key: JobKey, shard: ShardKey) {
-        let (store, client) = (self.store.clone(), self.connection.client.clone());
-        self.work.push(Box::pin(async move {
-            if let Ok(state) = store.fetch(shard.0, shard.1, false).await {
-                let (head, ledger) = (state.head, state.ledger);
-                let header = ResultHeader { job: shard.0, shard: shard.1, head, ledger };
-                let frame = frame::seal(Kind::Result, &header, &state.values);
-                let _ = client.publish(subjects::result(&key), frame).await;
-            }
-            Done::Nothing
-        }));
-    }
-
-    fn fold(&self, id: InvocationId, plan: Plan) {
-        let (store, connection) = (self.store.clone(), self.connection.clone());
-        let (registry, invoker) = (self.registry.clone(), self.id.clone());
-        let (stream_created, suspect) = match self.partitions.get(&plan.partition) {
-            Some(Slot::Held(held) | Slot::Leaving(held, _)) => (held.stream_created, held.suspect.clone()),
-            _ => (0, None),
-        };
-        self.work.push(Box::pin(async move {
-            let begun = Instant::now();
-            let context = FoldContext {
-                store: &*store,
-                jetstream: &connection.jetstream,
-                registry: &registry,
-                invoker: &invoker,
-                stream_created,
-                suspect,
-            };
-            let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
-            metrics::folded(begun.elapsed());
-            Done::Event(Event::Folded(id, result))
-        }));
-    }
-}
-
-/// Reads a job's record and roster; `None` when there is no such job.
-async fn read_job(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Job>>, String> {
-    let (record, _) = registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
-    let (roster, _) = registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
-    let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
-    if roster.job != record.incarnation {
-        // Between two lives; the next hint or retry sees them together.
-        return Err("record and roster belong to different lives".to_owned());
-    }
-    Job::new(record, roster).map(|job| Some(Arc::new(job))).map_err(|error| error.to_string())
-}
-
-/// Records that a job has failed; whoever is first says why.
-async fn fail_job(
-    registry: &Registry,
-    key: &JobKey,
-    incarnation: thalweg_protocol::Incarnation,
-    error: WireError,
-) -> Result<Option<Arc<Job>>, String> {
-    loop {
-        let (record, revision) =
-            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
-        match record {
-            Some(mut record)
-                if record.incarnation == incarnation && !matches!(record.state, JobState::Failed(_)) =>
-            {
-                record.state = JobState::Failed(error.clone());
-                let put = registry.put(&job_key(key), &record, revision).await;
-                if put.map_err(|error| error.to_string())?.is_ok() {
-                    break;
-                }
-            }
-            _ => break,
-        }
-    }
-    read_job(registry, key).await
 }

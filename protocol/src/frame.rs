@@ -3,8 +3,10 @@
 //! A frame is three msgpack values one after another: the **prelude** (an array of wire version,
 //! kind, codec and checksum), the **header** (a struct of the kind), and the **payload** (a `bin`,
 //! borrowed when decoded). The prelude has a fixed size and never changes shape, so a component of
-//! any later wire version can still be told apart and answered. The checksum is CRC-64/NVME over
-//! everything after the prelude.
+//! any later wire version can still be told apart and answered. The checksum is XXH3 (64 bits)
+//! over everything after the prelude.
+
+use std::hash::Hasher as _;
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
@@ -12,7 +14,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{ErrorCode, WireError};
 
 /// Version of the wire format that this build speaks.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 
 /// Bytes of an encoded prelude: array marker, three small integers, `bin8` marker, length, checksum.
 const PRELUDE_BYTES: usize = 1 + 3 + 2 + 8;
@@ -89,12 +91,13 @@ impl FrameError {
     }
 }
 
-/// CRC-64/NVME, the checksum of frames and slots.
+/// XXH3 (64 bits), the checksum of frames and slots. Every byte of a gradient is summed up four times on its
+/// way, so this is chosen for speed: three times that of a CRC-64 with carry-less multiplication.
 #[must_use]
 pub fn checksum(parts: &[&[u8]]) -> u64 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
-    parts.iter().for_each(|part| digest.update(part));
-    digest.finalize()
+    let mut hasher = twox_hash::xxhash3_64::Hasher::new();
+    parts.iter().for_each(|part| hasher.write(part));
+    hasher.finish()
 }
 
 /// Builds a frame whose payload is written in place, so that values are copied exactly once.
@@ -121,7 +124,14 @@ impl FrameBuilder {
     /// # Panics
     /// As [`Self::new`].
     #[must_use]
-    pub fn reusing<H: Serialize>(mut bytes: Vec<u8>, kind: Kind, header: &H, payload_len: usize) -> Self {
+    pub fn reusing<H: Serialize>(bytes: Vec<u8>, kind: Kind, header: &H, payload_len: usize) -> Self {
+        let mut builder = Self::begin(bytes, kind, header, payload_len);
+        builder.bytes.resize(builder.payload + payload_len, 0);
+        builder
+    }
+
+    /// Everything but the payload's bytes, and room for those; bytes behind the header may be left from before.
+    fn begin<H: Serialize>(mut bytes: Vec<u8>, kind: Kind, header: &H, payload_len: usize) -> Self {
         let mut head = Vec::with_capacity(PRELUDE_BYTES + 256);
         head.resize(PRELUDE_BYTES, 0);
         encode(&mut head, header);
@@ -129,8 +139,13 @@ impl FrameBuilder {
         rmp::encode::write_bin_len(&mut head, len)
             .unwrap_or_else(|error| panic!("writing to memory: {error}"));
         let payload = head.len();
-        bytes.resize(payload + payload_len, 0);
-        bytes[..payload].copy_from_slice(&head);
+        if bytes.len() < payload {
+            bytes.clear();
+            bytes.reserve_exact(payload + payload_len);
+            bytes.extend_from_slice(&head);
+        } else {
+            bytes[..payload].copy_from_slice(&head);
+        }
         Self { bytes, kind, payload }
     }
 
@@ -159,8 +174,8 @@ fn encode<T: Serialize>(bytes: &mut Vec<u8>, value: &T) {
 /// A frame around `header` with a copy of `payload`.
 #[must_use]
 pub fn seal<H: Serialize>(kind: Kind, header: &H, payload: &[u8]) -> Bytes {
-    let mut builder = FrameBuilder::new(kind, header, payload.len());
-    builder.payload_mut().copy_from_slice(payload);
+    let mut builder = FrameBuilder::begin(Vec::new(), kind, header, payload.len());
+    builder.bytes.extend_from_slice(payload);
     builder.finish()
 }
 

@@ -1,6 +1,6 @@
 //! NATS subjects, streams and buckets.
 
-use crate::{JobKey, Name, Partition, Rank, StoreId};
+use crate::{Epoch, JobKey, Name, Partition, Rank, StoreId};
 
 /// Bucket of the registry.
 pub const REGISTRY_BUCKET: &str = "thalweg";
@@ -21,6 +21,19 @@ pub const GATEWAY_GROUP: &str = "gateway";
 #[must_use]
 pub fn gradient_stream(partition: Partition) -> String {
     format!("THALWEG_GRAD_{partition}")
+}
+
+/// Name of a partition's consumer: `e<epoch>-<random>`, so that no name is ever used twice (rule P15).
+#[must_use]
+pub fn consumer(epoch: Epoch, random: u64) -> String {
+    format!("e{epoch}-{random:016x}")
+}
+
+/// Epoch of a consumer named by [`consumer`]; 0 for any other name.
+#[must_use]
+pub fn consumer_epoch(name: &str) -> Epoch {
+    let epoch = name.strip_prefix('e').and_then(|rest| rest.split('-').next());
+    epoch.and_then(|epoch| epoch.parse().ok()).unwrap_or(0)
 }
 
 /// All subjects of one partition's work queue.

@@ -30,8 +30,10 @@ const TICK: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Shared {
     engine: Mutex<Engine>,
-    /// Something changed that somebody may wait for.
+    /// There is a result, or there will be none.
     pub(crate) changed: Notify,
+    /// Something was sent: there may be room for more.
+    pub(crate) sent: Notify,
     /// Actions for the task, put there by the handle.
     inbox: Mutex<Vec<Action>>,
     wake: Notify,
@@ -50,6 +52,7 @@ impl Shared {
         Self {
             engine: Mutex::new(engine),
             changed: Notify::new(),
+            sent: Notify::new(),
             inbox: Mutex::default(),
             wake: Notify::new(),
             sent_bytes: AtomicU64::new(0),
@@ -104,6 +107,7 @@ impl Driver {
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
         let mut was_active = false;
+        let mut told = 0;
         loop {
             let actions = tokio::select! {
                 message = results.next() => match message {
@@ -130,17 +134,26 @@ impl Driver {
             let mut actions = actions;
             actions.append(&mut lock(&self.shared.inbox));
             self.perform(actions, &mut work).await;
-            let active = self.shared.engine().is_active();
+            let (active, news) = {
+                let engine = self.shared.engine();
+                (engine.is_active(), engine.news())
+            };
             if active && !was_active && self.idle_window() {
                 // Back from idleness: ask for bytes in flight at once.
                 work.push(self.beat());
             }
             was_active = active;
-            self.shared.changed.notify_waiters();
+            // Each call may wake a thread, so not for every confirmation.
+            if news != told {
+                told = news;
+                self.shared.changed.notify_waiters();
+            }
+            self.shared.sent.notify_waiters();
         }
         let text = "the connection to NATS was closed";
         self.shared.engine().fail(WireError::new(ErrorCode::Unavailable, text));
         self.shared.changed.notify_waiters();
+        self.shared.sent.notify_waiters();
     }
 
     /// Whether the window is that of an idle worker.

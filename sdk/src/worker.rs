@@ -256,6 +256,8 @@ impl Worker {
             }
         }
         self.pushed[tensor] = true;
+        // Lets the frames go out while they are in the cache, where one thread does it all.
+        tokio::task::yield_now().await;
         Ok(())
     }
 
@@ -419,7 +421,7 @@ impl Worker {
 
     /// Waits while too much is copied and unsent, unless only a further push can get things moving.
     async fn wait_for_room(&self) -> Result<(), Error> {
-        self.wait_until(|engine| {
+        self.wait_for(&self.shared.sent, |engine| {
             let stuck = engine.lowest_missing().is_some_and(|lowest| !engine.is_pushed(lowest));
             stuck || engine.unsent_bytes() < UNSENT_BYTES
         })
@@ -427,8 +429,16 @@ impl Worker {
     }
 
     async fn wait_until(&self, ready: impl Fn(&crate::engine::Engine) -> bool) -> Result<(), Error> {
+        self.wait_for(&self.shared.changed, ready).await
+    }
+
+    async fn wait_for(
+        &self,
+        notify: &tokio::sync::Notify,
+        ready: impl Fn(&crate::engine::Engine) -> bool,
+    ) -> Result<(), Error> {
         loop {
-            let changed = self.shared.changed.notified();
+            let changed = notify.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change in between is missed.
             changed.as_mut().enable();

@@ -51,6 +51,14 @@ impl StoreError {
         self.code().is_retryable()
     }
 
+    /// The error as it came over the wire.
+    pub(crate) fn from_wire(error: WireError) -> Self {
+        match error.code {
+            ErrorCode::Unavailable => Self::Unavailable(error.message),
+            _ => Self::Refused(error),
+        }
+    }
+
     /// The error as it crosses the wire.
     #[must_use]
     pub fn to_wire(&self) -> WireError {

@@ -3,7 +3,8 @@
 //! A shard's state (parameters, optimizer slots) and the ledger of what it contains change together,
 //! by compare-and-swap, and a commit returns only at the job's durability level (rules P1, P2).
 //! [`ShardStore`] is the contract; [`MemoryStore`] its model, [`LocalStore`] the backend on slab files
-//! with a sled index, [`StoreClient`] the same over NATS. One conformance suite holds for all.
+//! with a sled index, [`StoreClient`] the same over NATS or, on
+//! the store's host, over a socket. One conformance suite holds for all.
 //!
 //! This is the only crate that knows sled.
 
@@ -11,6 +12,7 @@ mod api;
 mod client;
 #[cfg(feature = "testing")]
 pub mod conformance;
+mod direct;
 pub mod disk;
 mod flush;
 mod index;

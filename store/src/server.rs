@@ -13,7 +13,7 @@ use thalweg_protocol::{
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{LocalStore, ShardStore, StoreError};
+use crate::{LocalStore, ShardStore, StoreError, direct};
 
 /// Settings of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,9 +116,16 @@ pub async fn run(
         .subscribe(subject)
         .await
         .map_err(|error| StoreError::Unavailable(error.to_string()))?;
+    let permits = Arc::new(Semaphore::new(config.max_requests.max(1)));
+    match direct::listen(&config.data_dir) {
+        Ok(listener) => {
+            let (store, permits, shutdown) = (store.clone(), permits.clone(), shutdown.clone());
+            tokio::spawn(direct::serve(listener, store, permits, shutdown));
+        }
+        Err(error) => tracing::warn!(%error, "no direct door: invokers of this host commit over NATS"),
+    }
     report(None);
     tracing::info!(id = %store.id(), "store serves");
-    let permits = Arc::new(Semaphore::new(config.max_requests.max(1)));
     let mut health = tokio::time::interval(Duration::from_millis(250));
     loop {
         let message = tokio::select! {
@@ -153,7 +160,7 @@ pub async fn run(
 }
 
 /// Answers one request.
-async fn answer(store: &dyn ShardStore, frame: &Bytes) -> Bytes {
+pub(crate) async fn answer(store: &dyn ShardStore, frame: &Bytes) -> Bytes {
     let (reply, payload) = match frame::open::<StoreRequest>(Kind::StoreRequest, frame) {
         Ok((request, payload)) => match perform(store, request, payload).await {
             Ok(done) => done,

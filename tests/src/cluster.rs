@@ -48,7 +48,11 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 /// The binary under test, beside the test's own.
-fn binary() -> PathBuf {
+///
+/// # Panics
+/// When it was not built.
+#[must_use]
+pub fn binary() -> PathBuf {
     let test = std::env::current_exe().expect("the test's path");
     let path = test.parent().and_then(Path::parent).expect("target directory").join("thalweg");
     assert!(path.is_file(), "{} is missing: `make test` builds it", path.display());

@@ -10,6 +10,9 @@ pub mod training;
 
 use std::{path::PathBuf, time::Duration};
 
+use thalweg_broker::{Connection, NatsConfig};
+use tokio_util::sync::CancellationToken;
+
 /// Longest wait for anything in a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -20,6 +23,16 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[must_use]
 pub fn nats_server() -> PathBuf {
     thalweg::nats::find(None).unwrap_or_else(|error| panic!("{error:#}; `make test` sees to that"))
+}
+
+/// A connection of the test's own.
+///
+/// # Panics
+/// When the URL cannot be read.
+pub async fn connect(url: &str) -> Connection {
+    let config = NatsConfig { url: url.to_owned(), ..NatsConfig::default() };
+    let connection = Connection::open("test", &config, &CancellationToken::new()).await;
+    connection.expect("a URL").expect("connected")
 }
 
 /// Waits until `done` says so.

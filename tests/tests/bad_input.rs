@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use thalweg_broker::{Connection, NatsConfig};
+use thalweg_broker::Connection;
 use thalweg_protocol::{
     ErrorCode, FunctionSpec, GradientHeader, Incarnation, JobRecord, Kind, Reject, StateId, frame, subjects,
 };
 use thalweg_sdk::{Client, Error, Job, NonFinite, Worker};
-use thalweg_tests::{PATIENCE, embedded::Embedded, eventually, training};
-use tokio_util::sync::CancellationToken;
+use thalweg_tests::{PATIENCE, connect, embedded::Embedded, eventually, training};
 
 /// Somebody who speaks NATS and none too well.
 struct Stranger {
@@ -24,10 +23,7 @@ struct Stranger {
 impl Stranger {
     /// Speaks in the name of `worker`'s job and of its own life in rank `rank`.
     async fn new(service: &Embedded, worker: &Worker, rank: u32) -> Self {
-        let url = service.service().url().to_owned();
-        let config = NatsConfig { url, ..NatsConfig::default() };
-        let connection = Connection::open("stranger", &config, &CancellationToken::new()).await;
-        let connection = connection.expect("a URL").expect("connected");
+        let connection = connect(service.service().url()).await;
         let record = worker.job().clone();
         let subject = subjects::reject(&record.spec.key, rank);
         let rejects = connection.client.subscribe(subject).await.expect("subscribed");
@@ -81,9 +77,7 @@ fn seal(header: &GradientHeader, payload: &[u8]) -> Bytes {
 }
 
 async fn dead_letters(service: &Embedded) -> u64 {
-    let config = NatsConfig { url: service.service().url().to_owned(), ..NatsConfig::default() };
-    let connection = Connection::open("counter", &config, &CancellationToken::new()).await;
-    let connection = connection.expect("a URL").expect("connected");
+    let connection = connect(service.service().url()).await;
     let stream = connection.jetstream.get_stream(subjects::DEAD_LETTER_STREAM).await.expect("the stream");
     stream.cached_info().state.messages
 }
@@ -157,10 +151,7 @@ async fn a_contribution_of_the_wrong_length_is_void_and_the_round_goes_on() {
 /// Where shard 0 of a fresh job stands.
 async fn state_id(service: &Embedded, record: &JobRecord) -> StateId {
     use thalweg_store::ShardStore as _;
-    let config = NatsConfig { url: service.service().url().to_owned(), ..NatsConfig::default() };
-    let connection = Connection::open("reader", &config, &CancellationToken::new()).await;
-    let client = connection.expect("a URL").expect("connected").client;
-    let store = thalweg_store::StoreClient::new(client, record.store);
+    let store = thalweg_store::StoreClient::new(connect(service.service().url()).await.client, record.store);
     store.heads(record.incarnation, 0, 1).await.expect("heads")[0].state_id
 }
 
@@ -278,32 +269,13 @@ async fn scalars_and_ten_thousand_tensors_are_models_too() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_in_the_place_of_another_refuses_and_says_what_to_do() {
     let service = Embedded::start(|_| {}).await;
-    let config = NatsConfig { url: service.service().url().to_owned(), ..NatsConfig::default() };
-    let connection = Connection::open("store", &config, &CancellationToken::new()).await;
-    let connection = connection.expect("a URL").expect("connected");
+    let connection = connect(service.service().url()).await;
     let registry = thalweg_broker::Registry::open(&connection.jetstream).await.expect("the registry");
     let config = thalweg_store::Config::default();
     let error = thalweg_store::announce(&registry, thalweg_protocol::StoreId::random(), &config).await;
     let error = error.expect_err("another store is registered");
     assert_eq!(error.code(), ErrorCode::StoreMismatch);
     assert!(error.to_string().contains("--replace"), "{error}");
-    service.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_store_over_nats_keeps_the_contract() {
-    let service = Embedded::start(|_| {}).await;
-    let config = NatsConfig { url: service.service().url().to_owned(), ..NatsConfig::default() };
-    let connection = Connection::open("store", &config, &CancellationToken::new()).await;
-    let connection = connection.expect("a URL").expect("connected");
-    let registry = thalweg_broker::Registry::open(&connection.jetstream).await.expect("the registry");
-    let (record, _) = registry
-        .get::<thalweg_protocol::StoreRecord>(thalweg_protocol::STORE_KEY)
-        .await
-        .expect("the registry answers");
-    let store = thalweg_store::StoreClient::new(connection.client, record.expect("a store").id);
-    let store: std::sync::Arc<dyn thalweg_store::ShardStore> = std::sync::Arc::new(store);
-    thalweg_store::conformance::suite(&store).await;
     service.stop().await;
 }
 

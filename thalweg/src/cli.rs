@@ -112,6 +112,12 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Up(common) => {
+                anyhow::ensure!(
+                    common.nats_url.is_none(),
+                    "`thalweg up` runs a NATS server of its own, so --nats-url (or THALWEG_URL) has no effect here: \
+                     leave it out, or run gateway, store and autoscaler against that server; the port of the embedded \
+                     one is embedded.port"
+                );
                 let Some(config) = common.load(&[])? else { return Ok(()) };
                 runtime()?.block_on(up::main(config))
             }

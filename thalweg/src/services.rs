@@ -91,7 +91,8 @@ async fn find_store(
         };
         match found {
             Ok(Some(record)) => {
-                return Some(Arc::new(StoreClient::new(connection.client.clone(), record.id)));
+                let data_dir = Path::new(&record.location);
+                return Some(Arc::new(StoreClient::near(connection.client.clone(), record.id, data_dir)));
             }
             Ok(None) if !reported => {
                 tracing::info!("waiting for a store: start `thalweg store`");

@@ -59,6 +59,7 @@ impl Service {
         let host = Host::open_without_signals(&config, &components, rest.clone()).await?;
         let local = services::open_store(&config.store).await?;
         let embedded = config.embedded.clone();
+        config.gateway.nats_syncs_always |= embedded.sync_always;
         let options = nats::Options {
             binary: nats::find(embedded.nats_server.as_deref())?,
             port: embedded.port,

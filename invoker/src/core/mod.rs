@@ -168,6 +168,13 @@ impl Core {
         self.held_bytes
     }
 
+    /// Bytes of messages that wait for a look-up of their job. They cannot be parked, since nothing is known
+    /// of them yet, so whoever pulls has to pause while there are many.
+    #[must_use]
+    pub fn unknown_bytes(&self) -> usize {
+        self.unknown.values().flatten().map(|(delivery, _)| delivery.frame.len()).sum()
+    }
+
     /// Invocations under way.
     #[must_use]
     pub fn invocations(&self) -> usize {

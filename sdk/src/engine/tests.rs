@@ -2,7 +2,7 @@
 
 mod random;
 
-use thalweg_protocol::{RankSet, StateId};
+use thalweg_protocol::{ErrorCode, RankSet, Reject, StateId};
 
 use super::*;
 
@@ -122,13 +122,29 @@ fn unconfirmed_bytes_are_bounded() {
     let mib = 1 << 20;
     let mut bench = Bench::new(3, u64::MAX);
     // One frame larger than the bound may go when nothing else is on its way.
-    for (shard, size, sent) in [(0, 20 * mib, true), (1, 6 * mib, false), (2, 10 * mib, false)] {
+    for (shard, size, sent) in [(0, 5 * mib, true), (1, mib, false), (2, 3 * mib, false)] {
         let actions = bench.engine.push(shard, frame(size), bench.now);
         assert_eq!(!actions.is_empty(), sent, "{shard}");
     }
-    assert_eq!(bench.engine.unsent_bytes(), 16 * mib);
-    let actions = bench.engine.confirmed(0, 1, 20 * mib, bench.now);
+    assert_eq!(bench.engine.unsent_bytes(), UNCONFIRMED_BYTES);
+    let actions = bench.engine.confirmed(0, 1, 5 * mib, bench.now);
     assert_eq!(short(&actions), ["publish 1@1", "publish 2@1"], "exactly the bound");
+}
+
+#[test]
+fn what_waits_at_the_broker_is_bounded_until_others_seem_to_wait_for_more() {
+    let mib = 1 << 20;
+    let mut bench = Bench::new(20, u64::MAX);
+    for shard in 0..20 {
+        bench.engine.push(shard, frame(mib), bench.now);
+        bench.engine.confirmed(shard.saturating_sub(1), 1, mib, bench.now);
+    }
+    assert_eq!(bench.engine.in_flight, PACE_BYTES);
+    assert_eq!(bench.result(0, 1), ["publish 12@1"], "a result makes room");
+    assert_eq!(bench.after(39), NOTHING);
+    bench.engine.unconfirmed = 0;
+    let more: Vec<_> = (13..17).map(|shard| format!("publish {shard}@1")).collect();
+    assert_eq!(bench.after(1), more, "as many as may be unconfirmed");
 }
 
 #[test]
@@ -357,4 +373,23 @@ fn a_connection_that_is_back_asks_at_once() {
     assert_eq!(short(&bench.engine.reconnected(bench.now)), ["ask"]);
     assert_eq!(bench.after(999), NOTHING);
     assert_eq!(bench.after(1), ["ask"]);
+}
+
+#[test]
+fn a_worker_left_behind_stands_aside_in_the_rounds_that_others_began() {
+    let mut bench = Bench::new(2, 200);
+    bench.push(0);
+    bench.push(1);
+    assert_eq!(bench.result(0, 1), NOTHING);
+    // A quorum closed round 2 of shard 0: this worker will never push it, and says so on shard 1.
+    assert_eq!(bench.result(0, 2), NOTHING, "shard 1 is still in this worker's own round");
+    assert_eq!(bench.result(1, 1), ["publish 1@2"]);
+    assert_eq!(bench.engine.lowest_missing(), Some(1));
+    assert!(!bench.engine.is_complete());
+    assert!(!bench.after(1999).contains(&"publish 1@2".to_owned()));
+    assert!(bench.after(1).contains(&"publish 1@2".to_owned()), "the message may have been lost");
+    assert_eq!(bench.result(1, 2), NOTHING);
+    assert!(bench.engine.advance());
+    assert_eq!(bench.engine.round(), 3);
+    assert_eq!(bench.push(0), ["publish 0@3"]);
 }

@@ -58,7 +58,9 @@ fn survive_interrupts() -> anyhow::Result<()> {
 /// # Errors
 /// Those of the SDK, and when a result is wrong.
 pub fn worker(args: WorkerArgs) -> anyhow::Result<()> {
-    crate::cli::runtime()?.block_on(worker::run(args))
+    // One thread for either pattern: nothing here computes meanwhile, and hand-overs between threads cost more
+    // than they gain on a machine that the whole deployment shares.
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(args))
 }
 
 /// The folder of the raw pattern.

@@ -1,0 +1,222 @@
+//! What the core asks for: talking to broker, store and registry.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use thalweg_broker::{Registry, stage};
+use thalweg_protocol::{
+    JobKey, JobRecord, JobState, Kind, Partition, ResultHeader, Roster, WireError, frame, job_key,
+    roster_key, subjects,
+};
+
+use super::{Done, Shell, Slot};
+use crate::{
+    Job,
+    core::{Action, Event, FoldError, InvocationId, Plan, ShardKey},
+    fold::{FoldContext, fold},
+    metrics,
+    partition::clear_suspect,
+};
+
+impl Shell {
+    /// Performs actions in order.
+    pub(super) async fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Acknowledge(partition, sequence) => {
+                    stage::reached(stage::BEFORE_ACK);
+                    self.acknowledge(partition, sequence, "+ACK").await;
+                }
+                Action::DeadLetter { partition, sequence, key, error, frame } => {
+                    self.dead_letter(partition, sequence, key.as_ref(), &error, frame).await;
+                }
+                Action::Reject(key, rank, reject) => {
+                    let frame = frame::seal(Kind::Reject, &reject, &[]);
+                    let _ = self.connection.client.publish(subjects::reject(&key, rank), frame).await;
+                }
+                Action::LookUp(key) => self.look_up(key),
+                Action::ReadHead(key) => self.read_head(key),
+                Action::Fold(id, plan) => self.fold(id, plan),
+                Action::Commit(id, commit, state) => {
+                    let (store, begun) = (self.store.clone(), Instant::now());
+                    stage::reached(stage::BEFORE_COMMIT);
+                    self.work.push(Box::pin(async move {
+                        let result = store.commit(commit, state).await;
+                        metrics::committed(begun.elapsed());
+                        Done::Event(Event::Committed(id, result))
+                    }));
+                }
+                Action::Publish(key, header, values) => {
+                    stage::reached(stage::BEFORE_PUBLISH);
+                    self.publish(&key, &header, &values).await;
+                }
+                Action::Republish(key, shard) => self.republish(key, shard),
+                Action::FailJob(key, incarnation, error) => {
+                    let registry = self.registry.clone();
+                    self.work.push(Box::pin(async move {
+                        match fail_job(&registry, &key, incarnation, error).await {
+                            Ok(job) => Done::Event(Event::Job(key, job)),
+                            Err(_) => Done::Event(Event::LookUpFailed(key)),
+                        }
+                    }));
+                }
+            }
+        }
+    }
+
+    async fn acknowledge(&mut self, partition: Partition, sequence: u64, kind: &'static str) {
+        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = self.partitions.get_mut(&partition) else {
+            return;
+        };
+        if let Some(reply) = held.replies.remove(&sequence) {
+            let _ = self.connection.client.publish(reply, Bytes::from_static(kind.as_bytes())).await;
+        }
+    }
+
+    /// Puts a message aside before it is removed from its queue; when that fails it stays there.
+    async fn dead_letter(
+        &mut self,
+        partition: Partition,
+        sequence: u64,
+        key: Option<&JobKey>,
+        error: &WireError,
+        frame: Bytes,
+    ) {
+        tracing::warn!(partition, sequence, %error, "dead letter");
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert("Thalweg-Code", error.code.as_str());
+        headers.insert("Thalweg-Reason", error.message.replace(['\r', '\n'], " ").as_str());
+        headers.insert("Thalweg-Partition", partition.to_string().as_str());
+        headers.insert("Thalweg-Sequence", sequence.to_string().as_str());
+        let stored =
+            self.connection.jetstream.publish_with_headers(subjects::dead_letter(key), headers, frame).await;
+        let stored = match stored {
+            Ok(acknowledgement) => acknowledgement.await.is_ok(),
+            Err(_) => false,
+        };
+        if stored {
+            self.acknowledge(partition, sequence, "+TERM").await;
+        } else {
+            tracing::warn!(partition, sequence, "dead letter was not stored; the message stays in its queue");
+        }
+    }
+
+    async fn publish(&mut self, key: &JobKey, header: &ResultHeader, values: &[u8]) {
+        self.busyness.folded((values.len() * header.ledger.counted.len()) as u64);
+        let frame = frame::seal(Kind::Result, header, values);
+        // A result that does not arrive is asked for by its workers.
+        let _ = self.connection.client.publish(subjects::result(key), frame).await;
+        if let Some(partition) = self.careful_partition(header) {
+            let registry = self.registry.clone();
+            self.work.push(Box::pin(async move {
+                if let Err(error) = clear_suspect(&registry, partition).await {
+                    tracing::debug!(%error, "suspect not cleared");
+                }
+                Done::Nothing
+            }));
+        }
+    }
+
+    /// The partition of a shard that was folded carefully: its suspect record has to go.
+    fn careful_partition(&self, header: &ResultHeader) -> Option<Partition> {
+        let partitions =
+            Partition::try_from(self.placement.partitions.len()).ok().filter(|count| *count > 0)?;
+        let partition = thalweg_protocol::partition_of(header.job, header.shard, partitions);
+        self.core.is_careful_partition(partition).then_some(partition)
+    }
+
+    pub(super) fn look_up(&self, key: JobKey) {
+        let registry = self.registry.clone();
+        self.work.push(Box::pin(async move {
+            match read_job(&registry, &key).await {
+                Ok(job) => Done::Event(Event::Job(key, job)),
+                Err(error) => {
+                    tracing::debug!(%key, error, "job not read");
+                    Done::Event(Event::LookUpFailed(key))
+                }
+            }
+        }));
+    }
+
+    fn read_head(&self, key: ShardKey) {
+        let store = self.store.clone();
+        self.work.push(Box::pin(async move {
+            let result = store.fetch_head(key.0, key.1).await;
+            Done::Event(Event::Head(key, result))
+        }));
+    }
+
+    fn republish(&self, key: JobKey, shard: ShardKey) {
+        let (store, client) = (self.store.clone(), self.connection.client.clone());
+        self.work.push(Box::pin(async move {
+            if let Ok(state) = store.fetch(shard.0, shard.1, false).await {
+                let (head, ledger) = (state.head, state.ledger);
+                let header = ResultHeader { job: shard.0, shard: shard.1, head, ledger };
+                let frame = frame::seal(Kind::Result, &header, &state.values);
+                let _ = client.publish(subjects::result(&key), frame).await;
+            }
+            Done::Nothing
+        }));
+    }
+
+    fn fold(&self, id: InvocationId, plan: Plan) {
+        let (store, connection) = (self.store.clone(), self.connection.clone());
+        let (registry, invoker) = (self.registry.clone(), self.id.clone());
+        let (stream_created, suspect) = match self.partitions.get(&plan.partition) {
+            Some(Slot::Held(held) | Slot::Leaving(held, _)) => (held.stream_created, held.suspect.clone()),
+            _ => (0, None),
+        };
+        self.work.push(Box::pin(async move {
+            let begun = Instant::now();
+            let context = FoldContext {
+                store: &*store,
+                jetstream: &connection.jetstream,
+                registry: &registry,
+                invoker: &invoker,
+                stream_created,
+                suspect,
+            };
+            let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
+            metrics::folded(begun.elapsed());
+            Done::Event(Event::Folded(id, result))
+        }));
+    }
+}
+
+/// Reads a job's record and roster; `None` when there is no such job.
+async fn read_job(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Job>>, String> {
+    let (record, _) = registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+    let (roster, _) = registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
+    let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
+    if roster.job != record.incarnation {
+        // Between two lives; the next hint or retry sees them together.
+        return Err("record and roster belong to different lives".to_owned());
+    }
+    Job::new(record, roster).map(|job| Some(Arc::new(job))).map_err(|error| error.to_string())
+}
+
+/// Records that a job has failed; whoever is first says why.
+async fn fail_job(
+    registry: &Registry,
+    key: &JobKey,
+    incarnation: thalweg_protocol::Incarnation,
+    error: WireError,
+) -> Result<Option<Arc<Job>>, String> {
+    loop {
+        let (record, revision) =
+            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+        match record {
+            Some(mut record)
+                if record.incarnation == incarnation && !matches!(record.state, JobState::Failed(_)) =>
+            {
+                record.state = JobState::Failed(error.clone());
+                let put = registry.put(&job_key(key), &record, revision).await;
+                if put.map_err(|error| error.to_string())?.is_ok() {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    read_job(registry, key).await
+}
