@@ -18,7 +18,7 @@ pub struct Config {
     /// Most invokers, at least 1; there are never more than partitions. Default 4.
     pub max_invokers: usize,
     /// Time between observations, milliseconds, 10 to 10,000. Default 200. While there is nothing to do
-    /// and nobody to do it, at least 250.
+    /// and nobody to do it, at least 400.
     pub tick_ms: u64,
     /// Time in which the present backlog should be drained, milliseconds, at least 1. Default 500.
     pub catch_up_ms: u64,

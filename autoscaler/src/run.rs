@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Shortest time between observations while there is nothing to do and nobody to do it.
-const ASLEEP: Duration = Duration::from_millis(250);
+const ASLEEP: Duration = Duration::from_millis(400);
 /// Time between observations of an autoscaler that only waits for its turn.
 const STANDBY: Duration = Duration::from_millis(500);
 /// The placement is read again this often, in case somebody else wrote it or the registry was lost.
