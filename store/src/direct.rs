@@ -10,6 +10,7 @@
 use std::{
     collections::HashMap,
     io,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -79,7 +80,10 @@ pub(crate) fn listen(data_dir: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    UnixListener::bind(path)
+    let listener = UnixListener::bind(&path)?;
+    // For the store's own user; who may not enter uses NATS, and what that allows is NATS's business.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 /// Lets invokers in until `shutdown`. Requests under way hold a permit each.
