@@ -3,6 +3,8 @@
 
 CARGO ?= cargo
 PYTHON ?= python3
+# Seeds that `make simulate` plays.
+SEEDS ?= 10000
 # Extra flags for `make demo`, for example ARGS=--json.
 ARGS ?=
 
@@ -54,6 +56,10 @@ verify: cargo-deny ## everything CI checks: lock file, format, lints, tests, doc
 cargo-deny:
 	@$(CARGO) deny --version >/dev/null 2>&1 || { \
 	echo "cargo-deny is missing: cargo install cargo-deny --locked --version $(CARGO_DENY_VERSION)" >&2; exit 1; }
+
+.PHONY: simulate
+simulate: ## play SEEDS seeds of the simulation (default 10000)
+	$(CARGO) run --release --package thalweg-simulation -- --seeds $(SEEDS)
 
 .PHONY: bench
 bench: release ## measure all-reduce against raw NATS, and the store

@@ -6,7 +6,7 @@ use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Edges among our crates, as ARCHITECTURE.md draws them.
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-    let edges: [(&str, &[&str]); 11] = [
+    let edges: [(&str, &[&str]); 12] = [
         ("thalweg-protocol", &[]),
         ("thalweg-functions", &["thalweg-protocol"]),
         ("thalweg-broker", &["thalweg-protocol"]),
@@ -17,6 +17,7 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("thalweg-sdk", &["thalweg-protocol", "thalweg-broker"]),
         ("thalweg-telemetry", &[]),
         ("thalweg", &["*"]),
+        ("thalweg-simulation", &["*"]),
         ("thalweg-tests", &["*"]),
     ];
     edges.into_iter().map(|(from, to)| (from, to.iter().copied().collect())).collect()
