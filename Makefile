@@ -15,11 +15,14 @@ export CARGO_TARGET_DIR
 THALWEG = $(CARGO_TARGET_DIR)/release/thalweg
 # The server the tests are written against. The demo and the benchmarks take any that is recent enough.
 TEST_NATS_VERSION = 2.15.1
+OLDEST_NATS_VERSION = 2.11.0
 CARGO_DENY_VERSION = 0.20.2
 
 # Recipe lines that need a server start with one of these; THALWEG_NATS_SERVER, where set, names it.
 WITH_NATS = server=$$($(PYTHON) scripts/nats-server.py) && THALWEG_NATS_SERVER="$$server"
-WITH_TEST_NATS = server=$$($(PYTHON) scripts/nats-server.py --version $(TEST_NATS_VERSION)) && THALWEG_NATS_SERVER="$$server"
+WITH_TEST_NATS = server=$$($(PYTHON) scripts/nats-server.py --version $(TEST_NATS_VERSION)) && \
+	oldest=$$(env -u THALWEG_NATS_SERVER $(PYTHON) scripts/nats-server.py --version $(OLDEST_NATS_VERSION)) && \
+	THALWEG_NATS_SERVER="$$server" THALWEG_OLDEST_NATS_SERVER="$$oldest"
 
 .PHONY: help
 help: ## list the targets
@@ -35,7 +38,7 @@ demo: release ## train a model on handwritten digits through a local cluster (AR
 
 # The whole-system tests start the thalweg binary, which `cargo test` by itself does not build for another package.
 .PHONY: test
-test: ## run all tests, with fail points, against nats-server 2.15.1
+test: ## run all tests, with fail points, against nats-server 2.15.1 (and the model of it also against 2.11.0)
 	$(CARGO) build --workspace --bins --features thalweg/failpoints
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then set -- nextest run; else set -- test --tests; fi; \
 	echo "$(CARGO) $$* --workspace --features thalweg/failpoints"; \

@@ -36,7 +36,7 @@ pub enum Action {
 /// Observes, decides, places and actuates, without doing any of the I/O itself.
 ///
 /// Everything but acting also happens without the lease, so that a standby knows the fleet when its turn
-/// comes.
+/// comes. The one thing that a standby does is to stop invokers of its own that nobody uses.
 pub struct Controller {
     config: Config,
     partitions: Partition,
@@ -195,7 +195,9 @@ impl Controller {
     pub fn step(&mut self, now: Millis) -> Vec<Action> {
         let mut actions = Vec::new();
         self.wake_at = None;
-        if self.leading {
+        if !self.leading {
+            self.stop_unused(now, &mut actions);
+        } else {
             self.bury(now, &mut actions);
             self.decide(now, &mut actions);
             self.fit(now, &mut actions);
@@ -366,6 +368,18 @@ impl Controller {
             actions.push(Action::Place(next));
         } else {
             self.wake_at = Some(since + SETTLE_MS);
+        }
+    }
+
+    /// Stops the invokers started here that the one who leads does not use. Nobody else may stop them, so they
+    /// would run for ever.
+    fn stop_unused(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        for (id, invoker) in &mut self.fleet.members {
+            let unused = invoker.empty_since.is_some_and(|since| now >= since + self.config.idle_timeout_ms);
+            if invoker.own && unused && invoker.phase != Phase::Stopping {
+                invoker.enter(Phase::Stopping, now);
+                actions.push(Action::Stop(id.clone()));
+            }
         }
     }
 

@@ -41,11 +41,13 @@ pub(crate) struct Invoker {
     /// When it was last heard; when it was first known, if never.
     pub(crate) heard: Millis,
     pub(crate) beat: Option<InvokerBeat>,
+    /// Since when it has said that it holds no partition.
+    pub(crate) empty_since: Option<Millis>,
 }
 
 impl Invoker {
     pub(crate) fn new(own: bool, phase: Phase, now: Millis) -> Self {
-        Self { own, phase, since: now, known: now, heard: now, beat: None }
+        Self { own, phase, since: now, known: now, heard: now, beat: None, empty_since: None }
     }
 
     pub(crate) fn enter(&mut self, phase: Phase, now: Millis) {
@@ -103,6 +105,8 @@ impl Fleet {
             _ => {}
         }
         let changed = invoker.phase != before || newcomer;
+        let empty_since = invoker.empty_since.unwrap_or(now);
+        invoker.empty_since = beat.partitions.is_empty().then_some(empty_since);
         invoker.beat = Some(beat);
         changed || (invoker.phase == Phase::Retiring && emptied)
     }

@@ -1,9 +1,6 @@
 //! Holding the role beside the loop, so that a slow observation does not cost the lease.
 
-use std::{
-    future::Future,
-    time::{Duration, Instant},
-};
+use std::{future::Future, time::Instant};
 
 use thalweg_broker::{LeaseConfig, LeaseKeeper, Registry};
 use thalweg_protocol::Incarnation;
@@ -27,9 +24,7 @@ impl Leadership {
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (sender, held_until) = watch::channel(None);
         let keeper = LeaseKeeper::new(ROLE, Incarnation::random(), config);
-        // As long as the keeper itself takes the role for held.
-        let validity = Duration::from_millis(config.term_ms) / 2;
-        (Self { held_until }, keep(keeper, validity, registry, sender, stop))
+        (Self { held_until }, keep(keeper, registry, sender, stop))
     }
 
     /// Whether the role is ours now.
@@ -45,17 +40,13 @@ impl Leadership {
 
 async fn keep(
     mut keeper: LeaseKeeper,
-    validity: Duration,
     registry: Registry,
     held_until: watch::Sender<Option<Instant>>,
     stop: CancellationToken,
 ) {
     loop {
-        let begun = Instant::now();
-        match keeper.tick(&registry).await {
-            Ok(held) => {
-                held_until.send_replace(held.then_some(begun + validity));
-            }
+        match keeper.tick(&registry, Instant::now()).await {
+            Ok(()) => drop(held_until.send_replace(keeper.held_until())),
             // What is held lapses by itself if this lasts.
             Err(error) => tracing::debug!(%error, "lease not renewed"),
         }

@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use thalweg_broker::{
-    Backoff, Connection, Registry, RegistryError, Report, Revision, StreamsConfig, consumer_epochs,
-    ensure_streams, stream_depths,
+    Backoff, Connection, Queues as _, Registry, RegistryError, Report, Revision, StreamsConfig,
+    consumer_epochs, ensure_streams,
 };
 use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, PlacedPartition, Placement, frame, subjects};
 use tokio::{sync::watch, time::Instant};
@@ -265,7 +265,7 @@ impl Shell {
                 self.streams_ensured = true;
             }
             let asked = self.clock.now();
-            let depths = stream_depths(&self.connection.jetstream, self.streams.partitions).await?;
+            let depths = self.connection.jetstream.depths(self.streams.partitions).await?;
             Ok::<_, RegistryError>((depths, asked))
         };
         match depths.await {
@@ -299,6 +299,12 @@ impl Shell {
             }
             self.controller.lapsed();
             self.placement = None;
+            for action in self.controller.step(self.clock.now()) {
+                // A standby only stops invokers of its own.
+                if let Action::Stop(id) = action {
+                    self.actuator.stop(&id).await;
+                }
+            }
         } else if let Err(error) = self.step().await {
             self.placement = None;
             if !std::mem::replace(&mut self.placing_fails, true) {

@@ -46,10 +46,16 @@ impl LeaseKeeper {
         Self { key: lease_key(role), me, config, held: None, observed: None }
     }
 
-    /// Whether the role is ours at `now`: renewed within the last term.
+    /// Until when the role is ours, if it is: half a term after the last renewal was begun.
+    #[must_use]
+    pub fn held_until(&self) -> Option<Instant> {
+        self.held.map(|(_, _, renewed)| renewed + self.term() / 2)
+    }
+
+    /// Whether the role is ours at `now`.
     #[must_use]
     pub fn holds(&self, now: Instant) -> bool {
-        self.held.is_some_and(|(_, _, renewed)| now.duration_since(renewed) < self.term() / 2)
+        self.held_until().is_some_and(|until| now < until)
     }
 
     /// How often to call [`Self::tick`].
@@ -62,16 +68,16 @@ impl LeaseKeeper {
         Duration::from_millis(self.config.term_ms)
     }
 
-    /// Renews, takes over or waits. Returns whether the role is ours.
+    /// Renews, takes over or waits; `begun` is the time now. [`Self::held_until`] then tells whether the role is
+    /// ours.
     ///
     /// # Errors
     /// [`RegistryError`]; leadership then lapses by itself if it lasts.
-    pub async fn tick(&mut self, registry: &Registry) -> Result<bool, RegistryError> {
-        let begun = Instant::now();
+    pub async fn tick(&mut self, registry: &Registry, begun: Instant) -> Result<(), RegistryError> {
         let (lease, revision) = registry.get::<Lease>(&self.key).await?;
         let Some(renewals) = self.decide(lease.as_ref(), begun) else {
             self.held = None;
-            return Ok(false);
+            return Ok(());
         };
         let renewed = Lease { holder: self.me, renewals };
         self.held = match registry.put(&self.key, &renewed, revision).await? {
@@ -83,7 +89,7 @@ impl LeaseKeeper {
             }
             Err(_) => None,
         };
-        Ok(self.holds(Instant::now()))
+        Ok(())
     }
 
     /// Gives the role up so that the next contender need not wait.

@@ -13,8 +13,8 @@ mod streams;
 
 pub use connect::{Connection, NatsConfig, Report, no_report};
 pub use lease::{LeaseConfig, LeaseKeeper};
-pub use registry::{Conflict, Registry, RegistryError, Revision};
+pub use registry::{Bucket, Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};
 pub use streams::{
-    PartitionDepth, StreamStorage, StreamsConfig, consumer_epochs, ensure_streams, stream_depths,
+    PartitionDepth, Queue, QueueError, Queues, StreamStorage, StreamsConfig, consumer_epochs, ensure_streams,
 };

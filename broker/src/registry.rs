@@ -1,6 +1,10 @@
 //! The registry: a JetStream key-value bucket, changed only by compare-and-swap.
 
+use std::sync::Arc;
+
 use async_nats::jetstream::{self, kv, stream::StorageType};
+use async_trait::async_trait;
+use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{frame, subjects};
@@ -28,10 +32,32 @@ pub enum RegistryError {
     },
 }
 
-/// Handle to the bucket; cheap to clone.
+/// Where the keys live: a bucket of NATS, or the simulation's model of one.
+#[async_trait]
+pub trait Bucket: Send + Sync + std::fmt::Debug {
+    /// The value of a key and its revision; a deleted key has a revision and no value, one that never was
+    /// has revision 0.
+    async fn entry(&self, key: &str) -> Result<(Option<Bytes>, Revision), RegistryError>;
+
+    /// Writes a key that stands at `expect`.
+    async fn update(
+        &self,
+        key: &str,
+        value: Bytes,
+        expect: Revision,
+    ) -> Result<Result<Revision, Conflict>, RegistryError>;
+
+    /// Deletes a key that stands at `expect`.
+    async fn purge(&self, key: &str, expect: Revision) -> Result<Result<(), Conflict>, RegistryError>;
+
+    /// The keys that have a value.
+    async fn keys(&self) -> Result<Vec<String>, RegistryError>;
+}
+
+/// Handle to the registry; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Registry {
-    bucket: kv::Store,
+    bucket: Arc<dyn Bucket>,
 }
 
 impl Registry {
@@ -41,7 +67,7 @@ impl Registry {
     /// [`RegistryError::Unavailable`] when JetStream does not answer.
     pub async fn open(jetstream: &jetstream::Context) -> Result<Self, RegistryError> {
         if let Ok(bucket) = jetstream.get_key_value(subjects::REGISTRY_BUCKET).await {
-            return Ok(Self { bucket });
+            return Ok(Self::over(Arc::new(bucket)));
         }
         let config = kv::Config {
             bucket: subjects::REGISTRY_BUCKET.to_owned(),
@@ -51,24 +77,25 @@ impl Registry {
             ..kv::Config::default()
         };
         let bucket = jetstream.create_key_value(config).await.map_err(unavailable)?;
-        Ok(Self { bucket })
+        Ok(Self::over(Arc::new(bucket)))
     }
 
-    /// Reads a key; `None` with revision 0 when it does not exist or was deleted.
+    /// The registry in `bucket`.
+    #[must_use]
+    pub fn over(bucket: Arc<dyn Bucket>) -> Self {
+        Self { bucket }
+    }
+
+    /// Reads a key; `None` with revision 0 when it does not exist. A deleted key keeps its revision, which
+    /// the next write must name.
     ///
     /// # Errors
     /// As [`RegistryError`].
     pub async fn get<T: DeserializeOwned>(&self, key: &str) -> Result<(Option<T>, Revision), RegistryError> {
-        match self.bucket.entry(key).await.map_err(unavailable)? {
-            Some(entry) if entry.operation == kv::Operation::Put => {
-                let record = frame::open_record(&entry.value)
-                    .map_err(|error| RegistryError::Unreadable { key: key.to_owned(), error })?;
-                Ok((Some(record), entry.revision))
-            }
-            // A deleted key keeps its revision, which the next write must name.
-            Some(entry) => Ok((None, entry.revision)),
-            None => Ok((None, 0)),
-        }
+        let (value, revision) = self.bucket.entry(key).await?;
+        let record = value.map(|value| frame::open_record(&value)).transpose();
+        let record = record.map_err(|error| RegistryError::Unreadable { key: key.to_owned(), error })?;
+        Ok((record, revision))
     }
 
     /// Writes a key if it still has the revision at which it was read.
@@ -81,11 +108,7 @@ impl Registry {
         record: &T,
         expect: Revision,
     ) -> Result<Result<Revision, Conflict>, RegistryError> {
-        match self.bucket.update(key, frame::seal_record(record), expect).await {
-            Ok(revision) => Ok(Ok(revision)),
-            Err(error) if error.kind() == kv::UpdateErrorKind::WrongLastRevision => Ok(Err(Conflict)),
-            Err(error) => Err(unavailable(error)),
-        }
+        self.bucket.update(key, frame::seal_record(record), expect).await
     }
 
     /// Deletes a key if it still has the revision at which it was read.
@@ -93,11 +116,7 @@ impl Registry {
     /// # Errors
     /// As [`Registry::put`].
     pub async fn delete(&self, key: &str, expect: Revision) -> Result<Result<(), Conflict>, RegistryError> {
-        match self.bucket.purge_expect_revision(key, Some(expect)).await {
-            Ok(()) => Ok(Ok(())),
-            Err(error) if error.to_string().contains("wrong last sequence") => Ok(Err(Conflict)),
-            Err(error) => Err(unavailable(error)),
-        }
+        self.bucket.purge(key, expect).await
     }
 
     /// Keys that start with `prefix` and exist now.
@@ -105,9 +124,44 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Unavailable`].
     pub async fn keys(&self, prefix: &str) -> Result<Vec<String>, RegistryError> {
-        let keys: Vec<String> =
-            self.bucket.keys().await.map_err(unavailable)?.try_collect().await.map_err(unavailable)?;
+        let keys = self.bucket.keys().await?;
         Ok(keys.into_iter().filter(|key| key.starts_with(prefix)).collect())
+    }
+}
+
+#[async_trait]
+impl Bucket for kv::Store {
+    async fn entry(&self, key: &str) -> Result<(Option<Bytes>, Revision), RegistryError> {
+        let entry = kv::Store::entry(self, key).await.map_err(unavailable)?;
+        Ok(entry.map_or((None, 0), |entry| {
+            ((entry.operation == kv::Operation::Put).then_some(entry.value), entry.revision)
+        }))
+    }
+
+    async fn update(
+        &self,
+        key: &str,
+        value: Bytes,
+        expect: Revision,
+    ) -> Result<Result<Revision, Conflict>, RegistryError> {
+        match kv::Store::update(self, key, value, expect).await {
+            Ok(revision) => Ok(Ok(revision)),
+            Err(error) if error.kind() == kv::UpdateErrorKind::WrongLastRevision => Ok(Err(Conflict)),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
+    async fn purge(&self, key: &str, expect: Revision) -> Result<Result<(), Conflict>, RegistryError> {
+        match self.purge_expect_revision(key, Some(expect)).await {
+            Ok(()) => Ok(Ok(())),
+            Err(error) if error.to_string().contains("wrong last sequence") => Ok(Err(Conflict)),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
+    async fn keys(&self) -> Result<Vec<String>, RegistryError> {
+        let keys = kv::Store::keys(self).await.map_err(unavailable)?;
+        keys.try_collect().await.map_err(unavailable)
     }
 }
 

@@ -1,9 +1,15 @@
 //! The partitions' work queues: their definition, their recreation (rule P16), their depth.
 
+use std::time::Duration;
+
 use async_nats::jetstream::{
-    self,
-    stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+    self, ErrorCode as JetStreamError,
+    consumer::{AckPolicy, pull},
+    context::GetStreamErrorKind,
+    stream::{Config, DirectGetErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
 };
+use async_trait::async_trait;
+use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use thalweg_protocol::{Epoch, Partition, STREAMS_KEY, Streams, limits, subjects};
@@ -39,38 +45,77 @@ impl Default for StreamsConfig {
     }
 }
 
+/// Contributions may wait as long as their round; redelivery comes from a takeover, not from this.
+const ACK_WAIT: Duration = Duration::from_secs(600);
+
+/// Why the work queues did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// A killed broker has forgotten the stream.
+    #[error("the stream of partition {0} is missing; gateway or autoscaler recreate it")]
+    Missing(Partition),
+    /// There is a consumer already.
+    #[error("another consumer was quicker")]
+    Raced,
+    /// JetStream does not answer, or refuses.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl From<QueueError> for RegistryError {
+    fn from(error: QueueError) -> Self {
+        Self::Unavailable(error.to_string())
+    }
+}
+
+/// One queue at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// When its stream was created, nanoseconds by the broker's clock.
+    pub created: i64,
+    /// Messages in it.
+    pub messages: u64,
+    /// Sequence of the newest message that ever was.
+    pub last_sequence: u64,
+    /// Its consumers: name, and messages delivered and not acknowledged.
+    pub consumers: Vec<(String, u64)>,
+}
+
+/// Control of the partitions' work queues: JetStream, or the simulation's model of it. Contributions
+/// themselves are published, pulled and acknowledged past it.
+#[async_trait]
+pub trait Queues: Send + Sync + std::fmt::Debug {
+    /// Creates the streams that are missing; returns when each was created, by partition.
+    async fn ensure(&self, config: &StreamsConfig) -> Result<Vec<i64>, QueueError>;
+
+    /// Depth of every partition; an error if any stream is missing, because a missing stream must never
+    /// look like an empty one.
+    async fn depths(&self, partitions: Partition) -> Result<Vec<PartitionDepth>, QueueError>;
+
+    /// One queue with its consumers.
+    async fn look(&self, partition: Partition) -> Result<Queue, QueueError>;
+
+    /// Removes a consumer; one that is gone already is no error.
+    async fn delete_consumer(&self, partition: Partition, name: &str) -> Result<(), QueueError>;
+
+    /// Creates the only consumer of a queue, to which everything un-acknowledged is then delivered.
+    async fn create_consumer(&self, partition: Partition, name: &str) -> Result<(), QueueError>;
+
+    /// Reads a message by its sequence, delivered or not; `None` when it is not there any more.
+    async fn read(&self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError>;
+}
+
 /// Creates what is missing of the streams and records when each one was created. Idempotent; run it
 /// on every connect, since a killed broker forgets memory streams with their definitions.
 ///
 /// # Errors
 /// [`RegistryError::Unavailable`] when JetStream does not answer or refuses (the text says why).
 pub async fn ensure_streams(
-    jetstream: &jetstream::Context,
+    queues: &dyn Queues,
     registry: &Registry,
     config: &StreamsConfig,
 ) -> Result<Streams, RegistryError> {
-    let unavailable = |error: &dyn std::fmt::Display| RegistryError::Unavailable(error.to_string());
-    let mut created = Vec::with_capacity(usize::from(config.partitions));
-    for partition in 0..config.partitions {
-        let stream = jetstream
-            .get_or_create_stream(gradient_stream(partition, config))
-            .await
-            .map_err(|error| unavailable(&error))?;
-        let time = stream.cached_info().created.unix_timestamp_nanos();
-        created.push(i64::try_from(time).unwrap_or(i64::MAX));
-    }
-    jetstream
-        .get_or_create_stream(Config {
-            name: subjects::DEAD_LETTER_STREAM.to_owned(),
-            subjects: vec![subjects::DEAD_LETTER_SUBJECTS.to_owned()],
-            storage: StorageType::File,
-            num_replicas: config.replicas,
-            allow_direct: true,
-            ..Config::default()
-        })
-        .await
-        .map_err(|error| unavailable(&error))?;
-    let streams = Streams { created };
+    let streams = Streams { created: queues.ensure(config).await? };
     loop {
         let (known, revision) = registry.get::<Streams>(STREAMS_KEY).await?;
         if known.as_ref() == Some(&streams) {
@@ -91,17 +136,13 @@ pub async fn ensure_streams(
 /// # Errors
 /// [`RegistryError::Unavailable`], also when a stream is missing.
 pub async fn consumer_epochs(
-    jetstream: &jetstream::Context,
+    queues: &dyn Queues,
     partitions: Partition,
 ) -> Result<Vec<Epoch>, RegistryError> {
-    let unavailable = |error: &dyn std::fmt::Display| RegistryError::Unavailable(error.to_string());
     let mut epochs = Vec::with_capacity(usize::from(partitions));
     for partition in 0..partitions {
-        let name = subjects::gradient_stream(partition);
-        let stream = jetstream.get_stream_no_info(name).await.map_err(|error| unavailable(&error))?;
-        let names: Vec<String> =
-            stream.consumer_names().try_collect().await.map_err(|error| unavailable(&error))?;
-        epochs.push(names.iter().map(|name| subjects::consumer_epoch(name)).max().unwrap_or(0));
+        let consumers = queues.look(partition).await?.consumers;
+        epochs.push(consumers.iter().map(|(name, _)| subjects::consumer_epoch(name)).max().unwrap_or(0));
     }
     Ok(epochs)
 }
@@ -137,36 +178,110 @@ pub struct PartitionDepth {
     pub last_sequence: u64,
 }
 
-/// Depth of every partition, read in one listing; an error if any stream is missing, because a
-/// missing stream must never look like an empty one.
-///
-/// # Errors
-/// [`RegistryError::Unavailable`].
-pub async fn stream_depths(
-    jetstream: &jetstream::Context,
-    partitions: Partition,
-) -> Result<Vec<PartitionDepth>, RegistryError> {
-    let infos: Vec<_> = jetstream
-        .streams()
-        .try_collect()
-        .await
-        .map_err(|error| RegistryError::Unavailable(error.to_string()))?;
-    (0..partitions)
-        .map(|partition| {
-            let name = subjects::gradient_stream(partition);
-            let info = infos.iter().find(|info| info.config.name == name);
-            let info = info.ok_or_else(|| RegistryError::Unavailable(format!("stream {name} is missing")))?;
-            let state = &info.state;
-            Ok(PartitionDepth {
-                messages: state.messages,
-                bytes: state.bytes,
-                first_sequence: if state.messages == 0 {
-                    state.last_sequence + 1
-                } else {
-                    state.first_sequence
-                },
-                last_sequence: state.last_sequence,
-            })
+fn unavailable(error: impl std::fmt::Display) -> QueueError {
+    QueueError::Unavailable(error.to_string())
+}
+
+#[async_trait]
+impl Queues for jetstream::Context {
+    async fn ensure(&self, config: &StreamsConfig) -> Result<Vec<i64>, QueueError> {
+        let mut created = Vec::with_capacity(usize::from(config.partitions));
+        for partition in 0..config.partitions {
+            let stream = self.get_or_create_stream(gradient_stream(partition, config)).await;
+            created
+                .push(nanoseconds(stream.map_err(unavailable)?.cached_info().created.unix_timestamp_nanos()));
+        }
+        self.get_or_create_stream(Config {
+            name: subjects::DEAD_LETTER_STREAM.to_owned(),
+            subjects: vec![subjects::DEAD_LETTER_SUBJECTS.to_owned()],
+            storage: StorageType::File,
+            num_replicas: config.replicas,
+            allow_direct: true,
+            ..Config::default()
         })
-        .collect()
+        .await
+        .map_err(unavailable)?;
+        Ok(created)
+    }
+
+    async fn depths(&self, partitions: Partition) -> Result<Vec<PartitionDepth>, QueueError> {
+        // One listing for all of them.
+        let infos: Vec<_> = self.streams().try_collect().await.map_err(unavailable)?;
+        (0..partitions)
+            .map(|partition| {
+                let name = subjects::gradient_stream(partition);
+                let info = infos.iter().find(|info| info.config.name == name);
+                let state = &info.ok_or(QueueError::Missing(partition))?.state;
+                let empty = state.messages == 0;
+                Ok(PartitionDepth {
+                    messages: state.messages,
+                    bytes: state.bytes,
+                    first_sequence: if empty { state.last_sequence + 1 } else { state.first_sequence },
+                    last_sequence: state.last_sequence,
+                })
+            })
+            .collect()
+    }
+
+    async fn look(&self, partition: Partition) -> Result<Queue, QueueError> {
+        let stream = self.get_stream(subjects::gradient_stream(partition)).await;
+        let stream = stream.map_err(|error| match error.kind() {
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == JetStreamError::STREAM_NOT_FOUND =>
+            {
+                QueueError::Missing(partition)
+            }
+            _ => unavailable(&error),
+        })?;
+        let consumers: Vec<_> = stream.consumers().try_collect().await.map_err(unavailable)?;
+        let pending = |consumer: jetstream::consumer::Info| (consumer.name, consumer.num_ack_pending as u64);
+        let info = stream.cached_info();
+        Ok(Queue {
+            created: nanoseconds(info.created.unix_timestamp_nanos()),
+            messages: info.state.messages,
+            last_sequence: info.state.last_sequence,
+            consumers: consumers.into_iter().map(pending).collect(),
+        })
+    }
+
+    async fn delete_consumer(&self, partition: Partition, name: &str) -> Result<(), QueueError> {
+        if let Err(error) = self.delete_consumer_from_stream(name, subjects::gradient_stream(partition)).await
+        {
+            // Whoever depends on its absence finds out by creating the next one.
+            tracing::debug!(%error, consumer = name, "consumer was gone already");
+        }
+        Ok(())
+    }
+
+    async fn create_consumer(&self, partition: Partition, name: &str) -> Result<(), QueueError> {
+        let config = pull::Config {
+            durable_name: Some(name.to_owned()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: ACK_WAIT,
+            max_ack_pending: -1,
+            max_deliver: -1,
+            ..pull::Config::default()
+        };
+        match self.create_consumer_on_stream(config, subjects::gradient_stream(partition)).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let text = error.to_string();
+                let raced = text.contains("10099") || text.contains("multiple non-filtered");
+                Err(if raced { QueueError::Raced } else { QueueError::Unavailable(text) })
+            }
+        }
+    }
+
+    async fn read(&self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError> {
+        let stream = self.get_stream_no_info(subjects::gradient_stream(partition)).await;
+        match stream.map_err(unavailable)?.direct_get(sequence).await {
+            Ok(message) => Ok(Some(message.payload)),
+            Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+}
+
+fn nanoseconds(time: i128) -> i64 {
+    i64::try_from(time).unwrap_or(i64::MAX)
 }

@@ -54,6 +54,7 @@ struct MemberView {
 impl JobView {
     fn new(record: &JobRecord, roster: Option<&Roster>) -> Self {
         let (state, error) = match &record.state {
+            JobState::Creating => ("creating", None),
             JobState::Initialising => ("initialising", None),
             JobState::Running => ("running", None),
             JobState::Failed(error) => ("failed", Some(error.clone())),

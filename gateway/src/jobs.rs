@@ -1,29 +1,45 @@
 //! Jobs and rosters in the registry: every change is a compare-and-swap, every step can be repeated.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
-use async_nats::Client;
 use bytes::Bytes;
 use thalweg_broker::{Registry, RegistryError};
 use thalweg_protocol::{
-    Claim, Commit, CommitOutcome, Durability, ErrorCode, Incarnation, JobKey, JobRecord, JobSpec, JobState,
-    Layout, Ledger, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreJob, StoreRecord, Version,
-    WireError, job_key, limits, roster_key,
+    Claim, Commit, CommitOutcome, Durability, ErrorCode, Incarnation, Init, JobKey, JobRecord, JobSpec,
+    JobState, Layout, Ledger, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreId, StoreRecord,
+    Version, WireError, job_key, limits, roster_key,
 };
-use thalweg_store::{ShardStore, StoreClient, StoreError};
+use thalweg_store::{ShardStore, StoreError};
 
 use crate::roster::{self, Versions};
 
 /// Tries of one compare-and-swap before the sender is asked to try again.
 const MAX_CONFLICTS: u32 = 64;
 
+/// Finds a store by its identity.
+pub type Stores = Arc<dyn Fn(StoreId) -> Arc<dyn ShardStore> + Send + Sync>;
+
 /// Access to registry and stores.
-#[derive(Clone, Debug)]
-pub(crate) struct Jobs {
-    pub(crate) registry: Registry,
-    pub(crate) client: Client,
-    pub(crate) partitions: Partition,
-    pub(crate) nats_syncs_always: bool,
+#[derive(Clone)]
+pub struct Jobs {
+    /// The registry.
+    pub registry: Registry,
+    /// The stores.
+    pub stores: Stores,
+    /// Bytes of the largest message that the broker takes.
+    pub max_payload: usize,
+    /// Partitions of jobs that are created.
+    pub partitions: Partition,
+    /// As in [`crate::Config`].
+    pub nats_syncs_always: bool,
+    /// Makes incarnations, which must never repeat.
+    pub incarnations: Arc<dyn Fn() -> Incarnation + Send + Sync>,
+}
+
+impl fmt::Debug for Jobs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Jobs").field("registry", &self.registry).finish_non_exhaustive()
+    }
 }
 
 fn unavailable(error: RegistryError) -> WireError {
@@ -40,36 +56,39 @@ fn store_error(error: StoreError) -> WireError {
 
 impl Jobs {
     fn store(&self, record: &JobRecord) -> Arc<dyn ShardStore> {
-        Arc::new(StoreClient::new(self.client.clone(), record.store))
+        (self.stores)(record.store)
     }
 
-    /// Reads a job and its roster, mending a roster that a creation cut short has left out.
+    /// Reads a job and its roster.
     pub(crate) async fn get(&self, key: &JobKey) -> Result<(JobRecord, Roster), WireError> {
         let (record, _) = self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
         let Some(record) = record else {
             let text = format!("no job {key}: open it first, or check tenant and name");
             return Err(WireError::new(ErrorCode::UnknownJob, text));
         };
-        for _ in 0..MAX_CONFLICTS {
-            let (roster, revision) =
-                self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
-            match roster {
-                Some(roster) if roster.job == record.incarnation => return Ok((record, roster)),
-                _ => {
-                    let roster =
-                        Roster { job: record.incarnation, epoch: 1, started: false, members: Vec::new() };
-                    let put =
-                        self.registry.put(&roster_key(key), &roster, revision).await.map_err(unavailable)?;
-                    if put.is_ok() {
-                        return Ok((record, roster));
-                    }
-                }
+        match self.roster_of(&record).await? {
+            Some(roster) if record.state != JobState::Creating => Ok((record, roster)),
+            _ => {
+                // Nothing is mended here: a roster written now could outlive a job that is being deleted.
+                let text = format!(
+                    "job {key} is being created or deleted: try again; if that was cut short, open or delete it again"
+                );
+                Err(WireError::new(ErrorCode::Unavailable, text))
             }
         }
-        Err(busy("the roster"))
+    }
+
+    /// A job's roster; a job that is half made or half deleted has none.
+    pub(crate) async fn roster_of(&self, record: &JobRecord) -> Result<Option<Roster>, WireError> {
+        let key = roster_key(&record.spec.key);
+        let (roster, _) = self.registry.get::<Roster>(&key).await.map_err(unavailable)?;
+        Ok(roster.filter(|roster| roster.job == record.incarnation))
     }
 
     /// Creates a job, or returns the one that is there when it was created alike.
+    ///
+    /// The record comes first, in state `creating`, so that nothing is in the store or the registry which no
+    /// record names, however early a creation is cut short; the next one to open the job finishes it.
     pub(crate) async fn open(&self, spec: JobSpec) -> Result<(JobRecord, Roster), WireError> {
         spec.validate()?;
         let function = thalweg_functions::resolve(&spec.function)
@@ -77,47 +96,67 @@ impl Jobs {
         for _ in 0..MAX_CONFLICTS {
             let name = job_key(&spec.key);
             let (known, revision) = self.registry.get::<JobRecord>(&name).await.map_err(unavailable)?;
-            if let Some(known) = known {
-                if known.spec == spec {
-                    return self.get(&spec.key).await;
-                }
-                let text = format!(
-                    "job {} exists with another {}: use another name, or delete it first",
-                    spec.key,
-                    difference(&known.spec, &spec)
-                );
-                return Err(WireError::new(ErrorCode::SpecMismatch, text));
-            }
-            let slots = u32::try_from(function.slots()).unwrap_or(u32::MAX);
-            let record = self.describe(&spec, slots).await?;
-            // A job that must fit one message of the registry, or nobody could ever read it.
-            let size = thalweg_protocol::frame::seal_record(&record).len();
-            if size + limits::MESSAGE_OVERHEAD_BYTES > self.client.max_payload() {
-                let text = format!(
-                    "the job's description takes {size} bytes, the NATS server allows {}: raise its max_payload, or \
-                     use fewer or shorter tensor names",
-                    self.client.max_payload()
-                );
-                return Err(WireError::new(ErrorCode::Limit, text));
-            }
-            let store = self.store(&record);
-            store.create(store_job(&record)).await.map_err(store_error)?;
-            if self.registry.put(&name, &record, revision).await.map_err(unavailable)?.is_ok() {
-                tracing::info!(job = %spec.key, incarnation = %record.incarnation, "job created");
-                if spec.durability == Durability::Disk && !self.nats_syncs_always {
-                    tracing::warn!(
-                        job = %spec.key,
-                        "the shards of this job survive power loss, its record in the registry may not: run the NATS \
-                         server with `sync_interval: always` and set gateway.nats_syncs_always, or with `thalweg up` \
-                         embedded.sync_always"
+            let (record, revision) = match known {
+                Some(known) if known.spec != spec => {
+                    let text = format!(
+                        "job {} exists with another {}: use another name, or delete it first",
+                        spec.key,
+                        difference(&known.spec, &spec)
                     );
+                    return Err(WireError::new(ErrorCode::SpecMismatch, text));
                 }
+                Some(known) if known.state != JobState::Creating => return self.get(&spec.key).await,
+                Some(known) => (known, revision),
+                None => {
+                    let slots = u32::try_from(function.slots()).unwrap_or(u32::MAX);
+                    let record = self.describe(&spec, slots).await?;
+                    match self.registry.put(&name, &record, revision).await.map_err(unavailable)? {
+                        Ok(revision) => (record, revision),
+                        Err(_) => continue,
+                    }
+                }
+            };
+            if self.finish_creation(record, revision).await? {
                 return self.get(&spec.key).await;
             }
-            // Another gateway was quicker; what we prepared belongs to nobody.
-            store.delete(record.incarnation).await.map_err(store_error)?;
         }
         Err(busy("the job"))
+    }
+
+    /// Makes what a job needs besides its record; `false` when the record was changed meanwhile.
+    async fn finish_creation(&self, mut record: JobRecord, revision: u64) -> Result<bool, WireError> {
+        let key = record.spec.key.clone();
+        let store = self.store(&record);
+        store.create(record.store_job()).await.map_err(store_error)?;
+        let (roster, revision_of_roster) =
+            self.registry.get::<Roster>(&roster_key(&key)).await.map_err(unavailable)?;
+        if roster.is_none_or(|roster| roster.job != record.incarnation) {
+            let roster = Roster { job: record.incarnation, epoch: 1, started: false, members: Vec::new() };
+            // A conflict means that somebody else is at it; the record tells who has finished.
+            self.put_roster(&key, &roster, revision_of_roster).await?;
+        }
+        record.state = match record.spec.init {
+            Init::Zeros => JobState::Running,
+            Init::Upload => JobState::Initialising,
+        };
+        if self.registry.put(&job_key(&key), &record, revision).await.map_err(unavailable)?.is_ok() {
+            tracing::info!(job = %key, incarnation = %record.incarnation, "job created");
+            if record.spec.durability == Durability::Disk && !self.nats_syncs_always {
+                tracing::warn!(
+                    job = %key,
+                    "the shards of this job survive power loss, its record in the registry may not: run the NATS \
+                     server with `sync_interval: always` and set gateway.nats_syncs_always, or with `thalweg up` \
+                     embedded.sync_always"
+                );
+            }
+            return Ok(true);
+        }
+        let (known, _) = self.registry.get::<JobRecord>(&job_key(&key)).await.map_err(unavailable)?;
+        if known.is_none_or(|known| known.incarnation != record.incarnation) {
+            // Deleted before it was there: what was made for it belongs to nobody.
+            store.delete(record.incarnation).await.map_err(store_error)?;
+        }
+        Ok(false)
     }
 
     async fn describe(&self, spec: &JobSpec, slots: u32) -> Result<JobRecord, WireError> {
@@ -128,7 +167,7 @@ impl Jobs {
         };
         let elements: u64 = spec.tensors.iter().filter_map(|tensor| tensor.elements()).sum();
         // State and message overhead have to fit one message of this server.
-        let room = self.client.max_payload().saturating_sub(limits::MESSAGE_OVERHEAD_BYTES);
+        let room = self.max_payload.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES);
         let most = (room / (4 * (1 + slots as usize))).max(1);
         let wanted = (spec.shard_bytes / 4) as usize;
         let shard_elements = u32::try_from(wanted.min(most)).unwrap_or(u32::MAX);
@@ -139,19 +178,27 @@ impl Jobs {
             );
             return Err(WireError::new(ErrorCode::Limit, text));
         }
-        Ok(JobRecord {
+        let record = JobRecord {
             spec: spec.clone(),
-            incarnation: Incarnation::random(),
+            incarnation: (self.incarnations)(),
             layout: Layout { elements, shard_elements },
             slots,
             store: store.id,
             partitions: self.partitions,
-            state: match spec.init {
-                thalweg_protocol::Init::Zeros => JobState::Running,
-                thalweg_protocol::Init::Upload => JobState::Initialising,
-            },
+            state: JobState::Creating,
             settings: vec![SettingsRevision { revision: 0, from_round: 0, function: spec.function.clone() }],
-        })
+        };
+        // A job that must fit one message of the registry, or nobody could ever read it.
+        let size = thalweg_protocol::frame::seal_record(&record).len();
+        if size + limits::MESSAGE_OVERHEAD_BYTES > self.max_payload {
+            let text = format!(
+                "the job's description takes {size} bytes, the NATS server allows {}: raise its max_payload, or \
+                 use fewer or shorter tensor names",
+                self.max_payload
+            );
+            return Err(WireError::new(ErrorCode::Limit, text));
+        }
+        Ok(record)
     }
 
     /// Tells that an upload is complete.
@@ -179,20 +226,24 @@ impl Jobs {
         Err(busy("the job"))
     }
 
-    /// Removes a job: its bytes first, so that a removal cut short can be asked for again.
+    /// Removes a job: its bytes first and its record last, so that a removal cut short can be asked for again.
     pub(crate) async fn delete(&self, key: &JobKey) -> Result<(), WireError> {
         let (record, revision) = self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
         let Some(record) = record else {
             return Err(WireError::new(ErrorCode::UnknownJob, format!("no job {key}")));
         };
         self.store(&record).delete(record.incarnation).await.map_err(store_error)?;
+        loop {
+            let (roster, revision) =
+                self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
+            if roster.is_none_or(|roster| roster.job != record.incarnation)
+                || self.registry.delete(&roster_key(key), revision).await.map_err(unavailable)?.is_ok()
+            {
+                break;
+            }
+        }
         if self.registry.delete(&job_key(key), revision).await.map_err(unavailable)?.is_err() {
             return Err(busy("the job"));
-        }
-        let (roster, revision) = self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
-        if roster.is_some_and(|roster| roster.job == record.incarnation) {
-            // A conflict means that a new life of the job has its roster there already.
-            let _ = self.registry.delete(&roster_key(key), revision).await.map_err(unavailable)?;
         }
         tracing::info!(job = %key, incarnation = %record.incarnation, "job deleted");
         Ok(())
@@ -207,9 +258,9 @@ impl Jobs {
             if let JobState::Failed(error) = &record.state {
                 return Err(WireError::new(ErrorCode::JobFailed, error.to_string()));
             }
-            let versions = self.versions(&record, &roster).await?;
+            let versions = self.versions(&record).await;
+            let versions = self.note_loss(&record, versions).await?;
             let claimed = roster::claim(&record, &roster, claim, versions)?;
-            let founding = !roster.started;
             let roster = match claimed.roster {
                 None => roster,
                 Some(next) => {
@@ -219,13 +270,11 @@ impl Jobs {
                     next
                 }
             };
-            // Founding members need no fence: nobody pushes before the roster that holds them all, and every
-            // contribution names it.
-            if founding {
-                return Ok((record, roster));
-            }
             if let Some(version) = claimed.level {
                 self.level(&record, &roster, version).await?;
+            }
+            if claimed.confirmed {
+                return Ok((record, roster));
             }
             if let Some(roster) =
                 self.fence(&record, roster, claim.worker.incarnation, claimed.from_round).await?
@@ -236,7 +285,7 @@ impl Jobs {
         Err(busy("the roster"))
     }
 
-    /// Fences a claimant's first round; `None` when the roster changed meanwhile.
+    /// Fences a claimant's first round and confirms it; `None` when the roster changed meanwhile.
     async fn fence(
         &self,
         record: &JobRecord,
@@ -248,16 +297,22 @@ impl Jobs {
         let store = self.store(record);
         for _ in 0..MAX_CONFLICTS {
             let max = store.fence(record.incarnation, roster.epoch, from_round).await.map_err(store_error)?;
-            if max < from_round {
-                return Ok(Some(roster));
-            }
-            // That round closed somewhere before the fence stood: count from a later one.
-            let versions = self.versions(record, &roster).await?;
-            let Some(next) = roster::postpone(&roster, worker, versions) else { return Ok(None) };
+            let fenced = max < from_round;
+            let versions = self.versions(record).await?;
+            let next = if fenced {
+                roster::confirm(&roster, worker)
+            } else {
+                // That round closed somewhere before the fence stood: count from a later one.
+                roster::postpone(&roster, worker, versions)
+            };
+            let Some(next) = next else { return Ok(None) };
             let (known, revision) =
                 self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
             if known.as_ref() != Some(&roster) || !self.put_roster(key, &next, revision).await? {
                 return Ok(None);
+            }
+            if fenced {
+                return Ok(Some(next));
             }
             if let Some(version) = roster::deserted(&next, versions) {
                 self.level(record, &next, version).await?;
@@ -281,7 +336,7 @@ impl Jobs {
                 Err(error) if matches!(error.code, ErrorCode::Gone | ErrorCode::UnknownJob) => return Ok(()),
                 other => other?,
             };
-            let versions = self.versions(&record, &roster).await?;
+            let versions = self.versions(&record).await?;
             let Some((next, level)) = roster::remove(&roster, worker, versions) else { return Ok(()) };
             if self.put_roster(key, &next, revision).await? {
                 if let Some(version) = level {
@@ -299,7 +354,8 @@ impl Jobs {
         if !roster.started || record.state != JobState::Running {
             return Ok(());
         }
-        let versions = self.versions(&record, &roster).await?;
+        let versions = self.versions(&record).await;
+        let versions = self.note_loss(&record, versions).await?;
         match roster::deserted(&roster, versions) {
             Some(version) => self.level(&record, &roster, version).await,
             None => Ok(()),
@@ -326,9 +382,34 @@ impl Jobs {
         Ok(self.registry.put(&roster_key(key), roster, revision).await.map_err(unavailable)?.is_ok())
     }
 
-    /// Versions of the job's shards; zero before it has started.
-    async fn versions(&self, record: &JobRecord, roster: &Roster) -> Result<Versions, WireError> {
-        if !roster.started || record.state == JobState::Initialising {
+    /// A store that has lost a job's state says so to whoever asks it; all others, who may only wait for each
+    /// other, learn it from the job's record.
+    async fn note_loss<T>(&self, record: &JobRecord, result: Result<T, WireError>) -> Result<T, WireError> {
+        let Err(error) = &result else { return result };
+        if error.code != ErrorCode::Diverged {
+            return result;
+        }
+        for _ in 0..MAX_CONFLICTS {
+            let name = job_key(&record.spec.key);
+            let (known, revision) = self.registry.get::<JobRecord>(&name).await.map_err(unavailable)?;
+            let Some(mut known) = known.filter(|known| known.incarnation == record.incarnation) else {
+                break;
+            };
+            if matches!(known.state, JobState::Failed(_)) {
+                break;
+            }
+            known.state = JobState::Failed(error.clone());
+            if self.registry.put(&name, &known, revision).await.map_err(unavailable)?.is_ok() {
+                tracing::error!(job = %record.spec.key, %error, "job fails");
+                break;
+            }
+        }
+        result
+    }
+
+    /// Versions of the job's shards. Also asked for before the job has started: the store may have lost it.
+    async fn versions(&self, record: &JobRecord) -> Result<Versions, WireError> {
+        if record.state == JobState::Initialising {
             return Ok(Versions { min: 0, max: 0 });
         }
         let heads = self.store(record).heads(record.incarnation, 0, record.layout.shards()).await;
@@ -381,18 +462,6 @@ impl Jobs {
 
 fn over(key: &JobKey) -> WireError {
     WireError::new(ErrorCode::Gone, format!("this life of job {key} is over: open the job again"))
-}
-
-fn store_job(record: &JobRecord) -> StoreJob {
-    StoreJob {
-        key: record.spec.key.clone(),
-        incarnation: record.incarnation,
-        layout: record.layout,
-        slots: record.slots,
-        durability: record.spec.durability,
-        max_members: record.spec.max_members,
-        init: record.spec.init,
-    }
 }
 
 /// Names the first field in which two specifications differ.

@@ -30,6 +30,12 @@ impl<W: Eq + Hash + Clone> Leases<W> {
         self.heard.values_mut().for_each(|heard| *heard = now);
     }
 
+    /// Whether a worker has still not been heard for a full term.
+    #[must_use]
+    pub fn is_silent(&self, worker: &W, now: Instant) -> bool {
+        self.heard.get(worker).is_some_and(|heard| now.duration_since(*heard) >= self.term)
+    }
+
     /// Of `present`, those silent for a full term. Whoever is seen for the first time is heard now;
     /// whoever is not present any more is forgotten.
     pub fn expired(&mut self, present: impl IntoIterator<Item = W>, now: Instant) -> Vec<W> {

@@ -4,6 +4,7 @@
 //! answer requests, and the one that holds the lease also expires workers and grants windows. The
 //! decisions are pure functions ([`roster`], [`windows`], [`leases`]) with a thin shell around them.
 
+mod duties;
 mod http;
 mod jobs;
 pub mod leases;
@@ -13,4 +14,6 @@ mod run;
 mod service;
 pub mod windows;
 
+pub use jobs::{Jobs, Stores};
 pub use run::{Config, GatewayError, run};
+pub use service::{Clock, Gateway};

@@ -18,6 +18,8 @@ pub struct Claimed {
     pub roster: Option<Roster>,
     /// First round that counts the claimant.
     pub from_round: Round,
+    /// That is certain, and needs no fence any more.
+    pub confirmed: bool,
     /// Shards below this version have to be levelled with empty rounds, because nobody is left to
     /// complete them (rule P11).
     pub level: Option<Version>,
@@ -48,15 +50,17 @@ pub fn claim(
             return Err(WireError::new(ErrorCode::LeaseLost, text));
         }
         // Asked again: levelling may have been cut short.
+        let (from_round, confirmed) = (tenure.from_round, tenure.confirmed);
         let level = deserted(roster, versions);
-        return Ok(Claimed { roster: None, from_round: tenure.from_round, level });
+        return Ok(Claimed { roster: None, from_round, confirmed, level });
     }
     let mut next = roster.clone();
     next.epoch += 1;
     prune(&mut next, versions);
     let holder = next.members.iter().position(|member| member.rank == rank && member.until_round.is_none());
     if let Some(holder) = holder {
-        if next.members[holder].worker != claim.id {
+        let replaced = claim.replaces == Some(next.members[holder].incarnation);
+        if next.members[holder].worker != claim.id || !replaced {
             let text = format!(
                 "rank {rank} of job {} is held by worker {:?}, which is alive: use another rank, or wait until its \
                  lease ends",
@@ -67,21 +71,40 @@ pub fn claim(
         // The same worker, started again: its former life is over.
         end(&mut next, holder, versions);
     }
-    let mut member =
-        Member { rank, worker: claim.id.clone(), incarnation: worker, from_round: 1, until_round: None };
+    let mut member = Member {
+        rank,
+        worker: claim.id.clone(),
+        incarnation: worker,
+        from_round: 1,
+        until_round: None,
+        // Founding members need no fence: nobody pushes before the roster that holds them all, and every
+        // contribution names it.
+        confirmed: !next.started,
+    };
     if next.started {
         // Contributors of the round that may be open now; without any, the claimant completes it.
         let open = versions.max + 1;
         let alone = next.of_round(open).next().is_none();
         member.from_round = if alone { open } else { open + 1 };
     }
-    let from_round = member.from_round;
+    let (from_round, confirmed) = (member.from_round, member.confirmed);
     next.members.push(member);
     let level = deserted(&next, versions);
     if !next.started {
         next.started = next.members.len() as u64 >= u64::from(record.spec.workers);
     }
-    Ok(Claimed { roster: Some(next), from_round, level })
+    Ok(Claimed { roster: Some(next), from_round, confirmed, level })
+}
+
+/// No round from the claimant's first one on can close without it any more: it may be told. Without that
+/// mark, the same claim made again (its answer was lost) could be taken for one whose first round has
+/// closed already, when it was the claimant itself who closed it.
+#[must_use]
+pub fn confirm(roster: &Roster, worker: Incarnation) -> Option<Roster> {
+    let mut next = roster.clone();
+    next.members.iter_mut().find(|member| member.incarnation == worker)?.confirmed = true;
+    next.epoch += 1;
+    Some(next)
 }
 
 /// The claimant's first round may have closed without it: counts it from a later one.

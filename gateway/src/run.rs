@@ -12,17 +12,11 @@ use serde::{Deserialize, Serialize};
 use thalweg_broker::{
     Backoff, Connection, LeaseConfig, LeaseKeeper, Registry, Report, StreamsConfig, ensure_streams,
 };
-use thalweg_protocol::{Incarnation, JobKey, Name, subjects};
+use thalweg_protocol::{Incarnation, subjects};
+use thalweg_store::StoreClient;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    http,
-    jobs::Jobs,
-    leases::Leases,
-    metrics,
-    service::{Gateway, describe},
-    windows::Windows,
-};
+use crate::{http, jobs::Jobs, service::Gateway};
 
 /// Settings of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +61,6 @@ pub enum GatewayError {
 
 /// Requests worked on at once.
 const MAX_REQUESTS: usize = 256;
-const SWEEP: Duration = Duration::from_secs(1);
 
 /// Serves until `shutdown`, then finishes the requests under way.
 ///
@@ -87,15 +80,17 @@ pub async fn run(
     let mut connects = connection.connects();
     connects.mark_unchanged();
     let Some(registry) = prepare(&connection, &streams, &shutdown).await else { return Ok(()) };
+    let client = connection.client.clone();
     let jobs = Jobs {
         registry: registry.clone(),
-        client: connection.client.clone(),
+        max_payload: client.max_payload(),
+        stores: Arc::new(move |id| Arc::new(StoreClient::new(client.clone(), id))),
         partitions: streams.partitions,
         nats_syncs_always: config.nats_syncs_always,
+        incarnations: Arc::new(Incarnation::random),
     };
     let lease = Duration::from_millis(config.worker_lease_ms.max(100));
-    let windows = Windows::new(config.window_budget_bytes, Instant::now(), Duration::ZERO);
-    let gateway = Arc::new(Gateway::new(jobs, config.worker_lease_ms, Leases::new(lease), windows));
+    let gateway = Arc::new(Gateway::new(jobs, Arc::new(Instant::now), lease, config.window_budget_bytes));
     let nats = |error: &dyn std::fmt::Display| GatewayError::Nats(error.to_string());
     let service = connection
         .client
@@ -107,20 +102,18 @@ pub async fn run(
         .map_err(|error| nats(&error))?;
     let mut requests = service.endpoint(subjects::API).await.map_err(|error| nats(&error))?;
     let mut beats = connection.client.subscribe(subjects::WORKER_BEAT).await.map_err(|error| nats(&error))?;
-    let mut hints = connection
-        .client
-        .subscribe(subjects::registry_hint("roster.>"))
-        .await
-        .map_err(|error| nats(&error))?;
+    let hints = async |keys: &str| connection.client.subscribe(subjects::registry_hint(keys)).await;
+    let rosters = hints("roster.>").await.map_err(|error| nats(&error))?;
+    let jobs = hints("job.>").await.map_err(|error| nats(&error))?;
+    let mut hints = futures::stream::select(rosters, jobs);
     let address = listener.local_addr().map_err(|error| GatewayError::Listen(config.http_listen, error))?;
     let web = tokio::spawn(http::serve(listener, gateway.clone(), shutdown.clone()));
     tracing::info!(%address, "gateway serves");
     report(None);
     let mut keeper = LeaseKeeper::new("gateway", Incarnation::random(), config.lease);
     let mut renew = tokio::time::interval(keeper.interval());
-    let mut sweep = tokio::time::interval(SWEEP);
+    let mut sweep = tokio::time::interval(gateway.sweep_interval());
     let permits = Arc::new(tokio::sync::Semaphore::new(MAX_REQUESTS));
-    let mut led_before = false;
     loop {
         tokio::select! {
             request = requests.next() => {
@@ -146,38 +139,26 @@ pub async fn run(
             hint = hints.next() => {
                 let Some(hint) = hint else { break };
                 let gateway = gateway.clone();
-                tokio::spawn(async move { refresh(&gateway, hint.subject.as_str()).await });
+                tokio::spawn(async move { gateway.refresh(hint.subject.as_str()).await });
             }
             changed = connects.changed() => {
                 if changed.is_err() { break }
                 tracing::info!("connection is back: looking after the streams");
-                gateway.shared().leases.interrupted(Instant::now());
+                gateway.interrupted();
                 let (connection, registry, streams) = (connection.clone(), registry.clone(), streams.clone());
                 let shutdown = shutdown.clone();
                 tokio::spawn(async move { mend_streams(&connection, &registry, &streams, &shutdown).await });
             }
             _ = renew.tick() => {
-                let leading = keeper.tick(&registry).await.unwrap_or_else(|error| {
+                if let Err(error) = keeper.tick(&registry, Instant::now()).await {
                     tracing::debug!(%error, "lease not renewed");
-                    keeper.holds(Instant::now())
-                });
-                if leading && !led_before {
-                    let settle = take_the_lead(&gateway, lease).await;
-                    let now = Instant::now();
-                    let mut shared = gateway.shared();
-                    shared.windows = Windows::new(config.window_budget_bytes, now, settle);
-                    shared.leases.interrupted(now);
                 }
-                led_before = leading;
-                gateway.shared().leading = leading;
+                gateway.lead(keeper.held_until()).await;
             }
             _ = sweep.tick() => {
-                if gateway.shared().leading {
-                    let gateway = gateway.clone();
-                    let connection = connection.clone();
-                    let partitions = streams.partitions;
-                    tokio::spawn(async move { sweep_workers(&gateway, &connection, partitions).await });
-                }
+                let (gateway, queues) = (gateway.clone(), connection.jetstream.clone());
+                let partitions = streams.partitions;
+                tokio::spawn(async move { gateway.sweep(&queues, partitions).await });
             }
             () = shutdown.cancelled() => break,
         }
@@ -189,24 +170,6 @@ pub async fn run(
     let _ = connection.client.flush().await;
     web.abort();
     Ok(())
-}
-
-/// Reads all rosters, and tells how long grants of a former leader may stay unseen: not at all where no
-/// worker is on any roster, else until every worker must have sent a heartbeat.
-async fn take_the_lead(gateway: &Gateway, lease: Duration) -> Duration {
-    let records = match gateway.jobs.list().await {
-        Ok(records) => records,
-        Err(error) => {
-            tracing::info!(%error, "rosters not read yet; they are read as heartbeats come");
-            return lease / 2;
-        }
-    };
-    for record in &records {
-        if let Ok((record, roster)) = gateway.jobs.get(&record.spec.key).await {
-            gateway.shared().remember(&record, &roster);
-        }
-    }
-    if gateway.shared().members().is_empty() { Duration::ZERO } else { lease / 2 }
 }
 
 /// Opens the registry and creates the streams, waiting as long as it takes.
@@ -250,62 +213,5 @@ async fn mend_streams(
             () = tokio::time::sleep(backoff.delay()) => {}
             () = shutdown.cancelled() => return,
         }
-    }
-}
-
-/// Reads a job that somebody wrote, so that heartbeats are judged by the newest state.
-async fn refresh(gateway: &Gateway, subject: &str) {
-    let prefix = subjects::registry_hint("");
-    let mut tokens = subject.strip_prefix(prefix.as_str()).unwrap_or_default().split('.');
-    if !matches!(tokens.next(), Some("job" | "roster")) {
-        return;
-    }
-    let (Some(Ok(tenant)), Some(Ok(job))) = (tokens.next().map(Name::new), tokens.next().map(Name::new))
-    else {
-        return;
-    };
-    let key = JobKey { tenant, job };
-    match gateway.jobs.get(&key).await {
-        Ok((record, roster)) => {
-            gateway.shared().remember(&record, &roster);
-        }
-        Err(error) if error.code == thalweg_protocol::ErrorCode::UnknownJob => {
-            let mut shared = gateway.shared();
-            shared.rosters.remove(&key);
-            shared.levelled.remove(&key);
-        }
-        Err(error) => tracing::debug!(%error, %key, "job not read"),
-    }
-}
-
-/// Expires silent workers and frees the windows of those whose messages are gone.
-async fn sweep_workers(gateway: &Gateway, connection: &Connection, partitions: u16) {
-    let (expired, has_gone) = {
-        let mut shared = gateway.shared();
-        let members = shared.members();
-        let (jobs, workers) = (shared.rosters.len(), members.len());
-        metrics::totals(jobs, workers, shared.windows.granted_bytes());
-        (shared.leases.expired(members, Instant::now()), shared.windows.has_gone())
-    };
-    for worker in expired {
-        let (job, rank, incarnation) = describe(&worker);
-        match gateway.jobs.remove(&worker.key, worker.job, worker.incarnation).await {
-            Ok(()) => {
-                tracing::warn!(job, rank, %incarnation, "worker expired after a lease of silence");
-                metrics::expired();
-                gateway.shared().windows.leave(worker.incarnation);
-            }
-            Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
-        }
-    }
-    let unlevelled = gateway.shared().unlevelled();
-    for (key, epoch) in unlevelled {
-        match gateway.jobs.level_deserted(&key).await {
-            Ok(()) => drop(gateway.shared().levelled.insert(key, epoch)),
-            Err(error) => tracing::debug!(%key, %error, "shards not levelled yet"),
-        }
-    }
-    if has_gone && let Ok(queues) = thalweg_broker::stream_depths(&connection.jetstream, partitions).await {
-        gateway.shared().windows.settle(&queues);
     }
 }

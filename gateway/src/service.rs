@@ -1,8 +1,10 @@
 //! Requests of the SDK.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -13,36 +15,55 @@ use thalweg_protocol::{
 
 use crate::{jobs::Jobs, leases::Leases, metrics, windows::Windows};
 
-/// State of one gateway; everything in it can be lost.
-#[derive(Debug)]
-pub(crate) struct Gateway {
+/// Tells the time. The simulation has its own.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+/// One gateway without its wires; everything in it can be lost.
+pub struct Gateway {
     pub(crate) jobs: Jobs,
-    pub(crate) lease_ms: u64,
+    pub(crate) clock: Clock,
+    pub(crate) lease: Duration,
+    pub(crate) window_budget_bytes: u64,
     shared: Mutex<Shared>,
+}
+
+impl fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gateway")
+            .field("jobs", &self.jobs)
+            .field("shared", &self.shared)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) leases: Leases<WorkerRef>,
     pub(crate) windows: Windows,
-    /// Where the gone workers' messages are looked for.
-    pub(crate) leading: bool,
+    /// Until when this gateway leads, if it does: it grants windows and expires workers.
+    pub(crate) leads_until: Option<Instant>,
     /// Jobs with their rosters as last read, for heartbeats.
-    pub(crate) rosters: std::collections::HashMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
+    pub(crate) rosters: BTreeMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
     /// Roster epochs whose shards were found level, or were levelled.
-    pub(crate) levelled: std::collections::HashMap<JobKey, u64>,
+    pub(crate) levelled: BTreeMap<JobKey, u64>,
+    /// When silent workers were last looked for.
+    pub(crate) swept_at: Instant,
 }
 
 impl Gateway {
-    pub(crate) fn new(jobs: Jobs, lease_ms: u64, leases: Leases<WorkerRef>, windows: Windows) -> Self {
+    /// A gateway that has heard nobody. `lease` is the silence after which a worker loses its rank,
+    /// `window_budget_bytes` what all workers together may have in flight.
+    #[must_use]
+    pub fn new(jobs: Jobs, clock: Clock, lease: Duration, window_budget_bytes: u64) -> Self {
         let shared = Shared {
-            leases,
-            windows,
-            leading: false,
-            rosters: std::collections::HashMap::new(),
-            levelled: std::collections::HashMap::new(),
+            leases: Leases::new(lease),
+            windows: Windows::new(window_budget_bytes, []),
+            leads_until: None,
+            rosters: BTreeMap::new(),
+            levelled: BTreeMap::new(),
+            swept_at: clock(),
         };
-        Self { jobs, lease_ms, shared: Mutex::new(shared) }
+        Self { jobs, clock, lease, window_budget_bytes, shared: Mutex::new(shared) }
     }
 
     pub(crate) fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -51,7 +72,7 @@ impl Gateway {
     }
 
     /// Answers one request.
-    pub(crate) async fn answer(&self, frame: &Bytes) -> Bytes {
+    pub async fn answer(&self, frame: &Bytes) -> Bytes {
         let reply = match frame::open::<ApiRequest>(Kind::ApiRequest, frame) {
             Ok((request, _)) => self.perform(request).await,
             Err(error) => Err(error.to_wire()),
@@ -84,19 +105,26 @@ impl Gateway {
                     let text = format!("a worker id has 1 to {} bytes", limits::MAX_WORKER_ID_BYTES);
                     return Err(WireError::new(ErrorCode::Limit, text));
                 }
+                // Asking is a sign of life too, however long the answer takes.
+                let now = (self.clock)();
+                self.shared().leases.hear(claim.worker.clone(), now);
                 let (record, roster) = self.jobs.join(&claim).await?;
-                let now = Instant::now();
+                let now = (self.clock)();
                 let mut shared = self.shared();
                 shared.leases.hear(claim.worker.clone(), now);
                 let least = least_window(&record);
-                let window_bytes = if shared.leading {
-                    shared.windows.join(claim.worker.incarnation, least, record.spec.workers, now)
+                let window_bytes = if shared.leads(now) {
+                    shared.windows.join(claim.worker.incarnation, least, record.spec.workers)
                 } else {
                     least
                 };
                 shared.remember(&record, &roster);
                 drop(shared);
-                Ok(ApiReply::Joined { roster, window_bytes, lease_ms: self.lease_ms })
+                Ok(ApiReply::Joined {
+                    roster,
+                    window_bytes,
+                    lease_ms: u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX),
+                })
             }
             ApiRequest::Leave(worker) => {
                 self.jobs.remove(&worker.key, worker.job, worker.incarnation).await?;
@@ -116,7 +144,7 @@ impl Gateway {
     }
 
     /// Takes a heartbeat; the leading gateway answers it.
-    pub(crate) async fn beat(&self, frame: &Bytes) -> Option<Bytes> {
+    pub async fn beat(&self, frame: &Bytes) -> Option<Bytes> {
         let opened = frame::open::<ApiRequest>(Kind::ApiRequest, frame);
         let (worker, window_bytes, active) = match opened {
             Ok((ApiRequest::Beat { worker, window_bytes, active }, _)) => (worker, window_bytes, active),
@@ -138,7 +166,7 @@ impl Gateway {
                 Err(error) => Err(error),
             },
         };
-        let now = Instant::now();
+        let now = (self.clock)();
         let mut shared = self.shared();
         let reply = match known {
             Ok((record, roster)) => {
@@ -150,10 +178,10 @@ impl Gateway {
                 } else if record.incarnation == worker.job && tenure.is_some() {
                     shared.leases.hear(worker.clone(), now);
                     let least = least_window(&record);
-                    if !shared.leading {
+                    if !shared.leads(now) {
                         return None;
                     }
-                    let granted = shared.windows.beat(worker.incarnation, window_bytes, least, active, now);
+                    let granted = shared.windows.beat(worker.incarnation, window_bytes, least, active);
                     ApiReply::Beat { window_bytes: granted, roster_epoch: roster.epoch }
                 } else {
                     ApiReply::Error(lost(&worker))
@@ -162,12 +190,24 @@ impl Gateway {
             Err(error) if error.is_retryable() => return None,
             Err(error) => ApiReply::Error(error),
         };
-        shared.leading.then(|| frame::seal(Kind::ApiReply, &reply, &[]))
+        shared.leads(now).then(|| frame::seal(Kind::ApiReply, &reply, &[]))
     }
 }
 
 impl Shared {
+    pub(crate) fn leads(&self, now: Instant) -> bool {
+        self.leads_until.is_some_and(|until| now < until)
+    }
+
     pub(crate) fn remember(&mut self, record: &JobRecord, roster: &Roster) -> (Arc<JobRecord>, Arc<Roster>) {
+        let known = self.rosters.get(&record.spec.key);
+        if let Some((job, newer)) = known
+            && job.incarnation == record.incarnation
+            && newer.epoch > roster.epoch
+        {
+            // Read before that one, and answered later.
+            return (job.clone(), newer.clone());
+        }
         let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
         self.rosters.insert(record.spec.key.clone(), view.clone());
         view

@@ -2,28 +2,36 @@
 
 use std::panic::AssertUnwindSafe;
 
-use async_nats::jetstream;
 use bytes::Bytes;
-use thalweg_broker::{Registry, stage};
+use thalweg_broker::{Queues, Registry, stage};
 use thalweg_functions::{Contribution, Kind as FunctionKind, ShardContext};
-use thalweg_protocol::{GradientHeader, Kind, Suspect, checksum, frame, subjects, suspect_key};
+use thalweg_protocol::{GradientHeader, Kind, Suspect, checksum, frame, suspect_key};
 use thalweg_store::ShardStore;
 
 use crate::core::{FoldError, Input, Plan};
 
 /// What a fold needs from outside.
-pub(crate) struct FoldContext<'a> {
-    pub(crate) store: &'a dyn ShardStore,
-    pub(crate) jetstream: &'a jetstream::Context,
-    pub(crate) registry: &'a Registry,
-    pub(crate) invoker: &'a str,
-    /// Creation of the partition's stream, and the suspect found when it was taken over.
-    pub(crate) stream_created: i64,
-    pub(crate) suspect: Option<Suspect>,
+#[derive(Debug)]
+pub struct FoldContext<'a> {
+    /// For the state.
+    pub store: &'a dyn ShardStore,
+    /// For parked contributions.
+    pub queues: &'a dyn Queues,
+    /// For suspect records.
+    pub registry: &'a Registry,
+    /// Our id.
+    pub invoker: &'a str,
+    /// Creation of the partition's stream.
+    pub stream_created: i64,
+    /// The suspect found when the partition was taken over.
+    pub suspect: Option<Suspect>,
 }
 
 /// Folds one round of one shard; returns the next state.
-pub(crate) async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldError> {
+///
+/// # Errors
+/// [`FoldError`].
+pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldError> {
     stage::reached(stage::BEFORE_FOLD);
     let function = plan.job.function(plan.round).clone();
     let elements = plan.job.record.layout.len(plan.shard);
@@ -33,7 +41,13 @@ pub(crate) async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes
     let state = if needs_state {
         let job = plan.job.record.incarnation;
         let state = context.store.fetch(job, plan.shard, true).await;
-        let state = state.map_err(|error| FoldError::Unavailable(error.to_string()))?;
+        let state = state.map_err(|error| {
+            if error.is_retryable() {
+                FoldError::Unavailable(error.to_string())
+            } else {
+                FoldError::Refused(error)
+            }
+        })?;
         if state.head != plan.expect {
             return Err(FoldError::Moved);
         }
@@ -76,19 +90,12 @@ fn guard(work: impl FnOnce()) -> Result<(), FoldError> {
 /// Reads a parked contribution back and makes sure that it is the one that was parked (rule P17).
 async fn read_parked(context: &FoldContext<'_>, plan: &Plan, input: &Input) -> Result<Bytes, FoldError> {
     let unavailable = |error: &dyn std::fmt::Display| FoldError::Unavailable(error.to_string());
-    let name = subjects::gradient_stream(plan.partition);
-    let stream = context.jetstream.get_stream_no_info(name).await.map_err(|error| unavailable(&error))?;
-    let message = match stream.direct_get(input.sequence).await {
-        Ok(message) => message,
-        Err(error) if error.kind() == jetstream::stream::DirectGetErrorKind::NotFound => {
-            return Err(FoldError::ParkedGone(input.rank));
-        }
-        Err(error) => return Err(unavailable(&error)),
-    };
-    if checksum(&[&message.payload]) != input.checksum {
+    let message = context.queues.read(plan.partition, input.sequence).await;
+    let message = message.map_err(|error| unavailable(&error))?.ok_or(FoldError::ParkedGone(input.rank))?;
+    if checksum(&[&message]) != input.checksum {
         return Err(FoldError::ParkedGone(input.rank));
     }
-    let opened = frame::open::<GradientHeader>(Kind::Gradient, &message.payload);
+    let opened = frame::open::<GradientHeader>(Kind::Gradient, &message);
     opened.map(|(_, payload)| payload).map_err(|_| FoldError::ParkedGone(input.rank))
 }
 

@@ -2,8 +2,12 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
+use thalweg_broker::Registry;
 use thalweg_functions::{AggregationFunction, InvalidSettings};
-use thalweg_protocol::{JobRecord, Roster, Round, ShardIndex, offsets};
+use thalweg_protocol::{
+    Incarnation, JobKey, JobRecord, JobState, Roster, Round, ShardIndex, WireError, job_key, offsets,
+    roster_key,
+};
 
 /// Immutable view of one job at one moment. Cheap to share, replaced when record or roster change.
 #[derive(Debug)]
@@ -60,5 +64,51 @@ impl Job {
                 (start as usize..end as usize, *group)
             })
             .collect()
+    }
+
+    /// Reads a job's record and roster from the registry; `None` when there is no such job.
+    ///
+    /// # Errors
+    /// What is in the way, for the log; to be tried again.
+    pub async fn read(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Self>>, String> {
+        let (record, _) =
+            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+        let (roster, _) =
+            registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
+        let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
+        if roster.job != record.incarnation {
+            // Between two lives; the next hint or retry sees them together.
+            return Err("record and roster belong to different lives".to_owned());
+        }
+        Self::new(record, roster).map(|job| Some(Arc::new(job))).map_err(|error| error.to_string())
+    }
+
+    /// Records that a job has failed, and reads it; whoever is first says why.
+    ///
+    /// # Errors
+    /// As [`Job::read`].
+    pub async fn fail(
+        registry: &Registry,
+        key: &JobKey,
+        incarnation: Incarnation,
+        error: WireError,
+    ) -> Result<Option<Arc<Self>>, String> {
+        loop {
+            let (record, revision) =
+                registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+            match record {
+                Some(mut record)
+                    if record.incarnation == incarnation && !matches!(record.state, JobState::Failed(_)) =>
+                {
+                    record.state = JobState::Failed(error.clone());
+                    let put = registry.put(&job_key(key), &record, revision).await;
+                    if put.map_err(|error| error.to_string())?.is_ok() {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+        }
+        Self::read(registry, key).await
     }
 }

@@ -1,17 +1,21 @@
 //! The invoker: a stateless function host that may be killed at any instant.
 //!
 //! [`core`] is the sans-I/O heart: messages, replies and time go in; acknowledgements, folds, commits
-//! and publications come out. The rest is the tokio shell around it: taking partitions over, pulling
-//! by credit, folding, and telling how busy it is. One current-thread task is one invoker.
+//! and publications come out. [`holdings`] decides likewise which partitions to take and to leave. The
+//! rest is the tokio shell around them: taking partitions over, pulling by credit, folding, and telling
+//! how busy it is. One current-thread task is one invoker.
 
 mod beat;
 pub mod core;
 mod fold;
+pub mod holdings;
 mod job;
 pub mod metrics;
 mod partition;
 mod quota;
 mod run;
 
+pub use fold::{FoldContext, fold};
 pub use job::Job;
+pub use partition::{Holding, Takeover, TakeoverError, clear_suspect, take_over};
 pub use run::{Config, run};

@@ -1,54 +1,51 @@
-//! Holding a partition: taking it over, pulling from it by credit, giving it up (rules P14, P15, P19).
+//! Holding a partition: taking it over, pulling from it by credit (rules P14, P15, P18).
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
-use async_nats::{
-    Subject,
-    jetstream::{
-        self, ErrorCode as JetStreamError,
-        consumer::{AckPolicy, pull},
-        context::GetStreamErrorKind,
-    },
-};
-use futures::TryStreamExt as _;
-use thalweg_broker::{Registry, RegistryError};
+use async_nats::Subject;
+use thalweg_broker::{QueueError, Queues, Registry, RegistryError};
 use thalweg_protocol::{Epoch, Partition, Suspect, subjects, suspect_key};
-use tokio::time::Instant;
 
-use crate::metrics;
+use crate::{core::Millis, metrics};
 
-/// Contributions may wait as long as their round; redelivery comes from a takeover, not from this.
-const ACK_WAIT: Duration = Duration::from_secs(600);
-/// A pull request ends after this, and is made again.
-const PULL_EXPIRES: Duration = Duration::from_secs(30);
-/// The server shows that a pull request is alive this often.
-const PULL_HEARTBEAT: Duration = Duration::from_secs(2);
+/// A pull request ends after this, and is made again, nanoseconds.
+const PULL_EXPIRES: u64 = 30_000_000_000;
+/// The server shows that a pull request is alive this often, nanoseconds.
+const PULL_HEARTBEAT: u64 = 2_000_000_000;
 /// Silence on a pull request after which it is taken for lost.
-const PULL_SILENCE: Duration = Duration::from_secs(5);
+const PULL_SILENCE_MS: Millis = 5000;
 /// The attempt at which a contribution that keeps killing invokers is put aside.
 const MAX_SUSPECT_ATTEMPTS: u32 = 3;
 
 /// A partition in our hands.
 #[derive(Debug)]
-pub(crate) struct Holding {
-    pub(crate) epoch: Epoch,
-    pub(crate) consumer: String,
-    pub(crate) stream_created: i64,
-    pub(crate) suspect: Option<Suspect>,
+pub struct Holding {
+    /// By which placement.
+    pub epoch: Epoch,
+    /// Our consumer.
+    pub consumer: String,
+    /// Creation of the stream.
+    pub stream_created: i64,
+    /// What was being tried when the last holder died.
+    pub suspect: Option<Suspect>,
     /// Acknowledgement subjects by sequence.
-    pub(crate) replies: HashMap<u64, Subject>,
+    pub replies: HashMap<u64, Subject>,
     /// Next sequence of the consumer; a gap means that deliveries were lost on the way.
     next_delivery: u64,
     credit: u64,
-    heard: Instant,
+    heard: Millis,
 }
 
 /// End of a takeover.
 #[derive(Debug)]
-pub(crate) enum Takeover {
+pub enum Takeover {
+    /// It is ours.
     Held {
+        /// The partition.
         partition: Box<Holding>,
+        /// As in [`crate::core::Event::Held`].
         careful_until: Option<u64>,
+        /// As in [`crate::core::Event::Held`].
         poison: Option<u64>,
     },
     /// Somebody holds it by a newer placement.
@@ -57,79 +54,47 @@ pub(crate) enum Takeover {
 
 /// Why a takeover has to be tried again.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TakeoverError {
-    #[error("the stream is missing; gateway or autoscaler recreate it")]
-    StreamMissing,
-    #[error("another consumer was quicker")]
-    Raced,
-    #[error("{0}")]
-    Broker(String),
+pub enum TakeoverError {
+    /// The queue.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),
 }
 
 /// Takes a partition over: removes every consumer of this epoch or an older one, and creates one of our
-/// own with a name that was never used, so that buffered acknowledgements of the past hit nothing.
-pub(crate) async fn take_over(
-    jetstream: &jetstream::Context,
+/// own with a name that was never used (`nonce` makes it so), so that buffered acknowledgements of the
+/// past hit nothing. `own` is our own consumer of before a reconnect.
+///
+/// # Errors
+/// [`TakeoverError`]: to be tried again.
+pub async fn take_over(
+    queues: &dyn Queues,
     registry: &Registry,
     invoker: &str,
-    partition: Partition,
-    epoch: Epoch,
+    (partition, epoch): (Partition, Epoch),
     own: Option<String>,
+    nonce: u64,
 ) -> Result<Takeover, TakeoverError> {
-    let broker = |error: &dyn std::fmt::Display| TakeoverError::Broker(error.to_string());
-    let stream = jetstream.get_stream(subjects::gradient_stream(partition)).await;
-    let stream = stream.map_err(|error| match error.kind() {
-        GetStreamErrorKind::JetStream(error) if error.error_code() == JetStreamError::STREAM_NOT_FOUND => {
-            TakeoverError::StreamMissing
-        }
-        _ => broker(&error),
-    })?;
-    let info = stream.cached_info().clone();
-    let consumers: Vec<_> = stream.consumers().try_collect().await.map_err(|error| broker(&error))?;
+    let queue = queues.look(partition).await?;
     let mut unclean = false;
-    for consumer in consumers {
-        let theirs = subjects::consumer_epoch(&consumer.name);
+    for (name, pending) in &queue.consumers {
+        let theirs = subjects::consumer_epoch(name);
         if theirs > epoch {
             return Ok(Takeover::HigherEpoch(theirs));
         }
         // Our own consumer of before a reconnect left nothing behind that could have killed anybody.
-        unclean |= consumer.num_ack_pending > 0 && own.as_deref() != Some(consumer.name.as_str());
-        if let Err(error) = stream.delete_consumer(&consumer.name).await {
-            tracing::debug!(%error, consumer = consumer.name, "consumer was gone already");
-        }
+        unclean |= *pending > 0 && own.as_ref() != Some(name);
+        queues.delete_consumer(partition, name).await?;
     }
-    let name = subjects::consumer(epoch, rand::random());
-    let config = pull::Config {
-        durable_name: Some(name.clone()),
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: ACK_WAIT,
-        max_ack_pending: -1,
-        max_deliver: -1,
-        ..pull::Config::default()
-    };
-    match stream.create_consumer(config).await {
-        Ok(_) => {}
-        Err(error)
-            if error.to_string().contains("10099") || error.to_string().contains("multiple non-filtered") =>
-        {
-            return Err(TakeoverError::Raced);
-        }
-        Err(error) => return Err(broker(&error)),
-    }
-    let stream_created = i64::try_from(info.created.unix_timestamp_nanos()).unwrap_or(i64::MAX);
+    let name = subjects::consumer(epoch, nonce);
+    queues.create_consumer(partition, &name).await?;
+    let stream_created = queue.created;
     let (suspect, poison) = read_suspect(registry, invoker, partition, stream_created).await?;
     let unclean = unclean || suspect.is_some();
     metrics::takeover(unclean);
-    tracing::info!(
-        partition,
-        epoch,
-        consumer = name,
-        unclean,
-        backlog = info.state.messages,
-        "holds partition"
-    );
+    tracing::info!(partition, epoch, consumer = name, unclean, backlog = queue.messages, "holds partition");
     let held = Holding {
         epoch,
         consumer: name,
@@ -138,9 +103,9 @@ pub(crate) async fn take_over(
         replies: HashMap::new(),
         next_delivery: 1,
         credit: 0,
-        heard: Instant::now(),
+        heard: 0,
     };
-    let careful_until = (unclean && info.state.messages > 0).then_some(info.state.last_sequence);
+    let careful_until = (unclean && queue.messages > 0).then_some(queue.last_sequence);
     Ok(Takeover::Held { partition: Box::new(held), careful_until, poison })
 }
 
@@ -165,7 +130,10 @@ async fn read_suspect(
 }
 
 /// Removes the suspect record after progress.
-pub(crate) async fn clear_suspect(registry: &Registry, partition: Partition) -> Result<(), RegistryError> {
+///
+/// # Errors
+/// Those of the registry.
+pub async fn clear_suspect(registry: &Registry, partition: Partition) -> Result<(), RegistryError> {
     let key = suspect_key(partition);
     let (suspect, revision) = registry.get::<Suspect>(&key).await?;
     if suspect.is_some() {
@@ -176,34 +144,46 @@ pub(crate) async fn clear_suspect(registry: &Registry, partition: Partition) -> 
 }
 
 impl Holding {
+    /// It begins now.
+    pub(crate) fn begin(&mut self, now: Millis) {
+        self.heard = now;
+    }
+
+    /// Number of messages to ask for, when credit has run low.
+    pub fn credit(&mut self, batch: u64) -> Option<u64> {
+        (self.credit <= batch / 2).then(|| {
+            self.credit += batch;
+            batch
+        })
+    }
+
     /// The next pull request, when credit has run low: subject and body.
     pub(crate) fn pull(&mut self, partition: Partition, batch: u64) -> Option<(String, String)> {
-        if self.credit > batch / 2 {
-            return None;
-        }
-        self.credit += batch;
+        let batch = self.credit(batch)?;
         let stream = subjects::gradient_stream(partition);
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{}", self.consumer);
-        let body = format!(
-            r#"{{"batch":{batch},"expires":{},"idle_heartbeat":{}}}"#,
-            PULL_EXPIRES.as_nanos(),
-            PULL_HEARTBEAT.as_nanos()
-        );
+        let body =
+            format!(r#"{{"batch":{batch},"expires":{PULL_EXPIRES},"idle_heartbeat":{PULL_HEARTBEAT}}}"#);
         Some((subject, body))
     }
 
     /// Notes a delivery; `false` when others before it were lost.
-    pub(crate) fn delivered(&mut self, consumer_sequence: u64) -> bool {
+    pub fn delivered(&mut self, consumer_sequence: u64, now: Millis) -> bool {
         self.credit = self.credit.saturating_sub(1);
-        self.heard = Instant::now();
+        self.heard = now;
         let in_order = consumer_sequence == self.next_delivery;
         self.next_delivery = consumer_sequence + 1;
         in_order
     }
 
+    /// Notes that the pull request is alive.
+    pub fn alive(&mut self, now: Millis) {
+        self.heard = now;
+    }
+
     /// Notes a status message of a pull request; `false` when the consumer has to be made anew.
-    pub(crate) fn status(&mut self, message: &async_nats::Message) -> bool {
-        self.heard = Instant::now();
+    pub(crate) fn status(&mut self, message: &async_nats::Message, now: Millis) -> bool {
+        self.alive(now);
         let code = message.status.map_or(0, |status| status.as_u16());
         let header = |name: &str| {
             let headers = message.headers.as_ref()?;
@@ -233,7 +213,7 @@ impl Holding {
     }
 
     /// Whether the pull request has died without a word.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.heard.elapsed() > PULL_SILENCE
+    pub(crate) fn is_silent(&self, now: Millis) -> bool {
+        now > self.heard + PULL_SILENCE_MS
     }
 }

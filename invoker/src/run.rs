@@ -1,10 +1,9 @@
 //! The shell around the core: one task that moves events in and actions out.
 
-mod holdings;
 mod perform;
+mod steps;
 
 use std::{
-    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -21,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     beat::Busyness,
-    core::{Action, Core, Delivery, Event, Limits, Millis},
+    core::{Core, Delivery, Event, Limits, Millis},
+    holdings::{Delivered, Holdings},
     metrics,
-    partition::{Holding, Takeover, TakeoverError},
+    partition::{Takeover, TakeoverError},
     quota::Quota,
 };
 
@@ -98,13 +98,13 @@ pub async fn run(
         pull_bytes: config.memory_bytes / PULL_SHARE,
         starved: false,
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
-        partitions: HashMap::new(),
+        holdings: Holdings::new(id.clone(), config.drain_ms),
+        started: Instant::now(),
         work: FuturesUnordered::new(),
         busyness: Busyness::new(),
         quota: Quota::new(config.cpu_quota),
         state: InvokerState::Ready,
         placement: Placement::default(),
-        pending: Vec::new(),
         id,
         inbox,
         connection,
@@ -130,16 +130,6 @@ async fn open_registry(connection: &Connection, shutdown: &CancellationToken) ->
     }
 }
 
-/// A partition on its way to or in our hands.
-enum Slot {
-    Taking {
-        epoch: Epoch,
-    },
-    Held(Box<Holding>),
-    /// To be given up once its invocations have ended, or at the latest then.
-    Leaving(Box<Holding>, Instant),
-}
-
 /// End of something the shell waited for.
 enum Done {
     Event(Event),
@@ -156,7 +146,9 @@ struct Shell {
     store: Arc<dyn ShardStore>,
     core: Core,
     inbox: String,
-    partitions: HashMap<Partition, Slot>,
+    holdings: Holdings,
+    /// Time for the holdings: it must not jump with the system's clock.
+    started: Instant,
     work: FuturesUnordered<LocalBoxFuture<'static, Done>>,
     busyness: Busyness,
     quota: Quota,
@@ -167,8 +159,6 @@ struct Shell {
     starved: bool,
     /// Moving average of message sizes, to turn bytes of credit into messages.
     average_bytes: usize,
-    /// Actions that came up where nothing can be awaited.
-    pending: Vec<Action>,
 }
 
 fn now() -> Millis {
@@ -186,13 +176,15 @@ impl Shell {
         let mut beats = tokio::time::interval(Duration::from_millis(self.config.beat_ms.max(10)));
         let mut refresh = tokio::time::interval(REFRESH);
         let mut job_refresh = tokio::time::interval(JOB_REFRESH);
-        let mut drain_until: Option<tokio::time::Instant> = None;
         loop {
             self.busyness.set(self.core.invocations() > 0);
             let debt = self.quota.debt();
             if !debt.is_zero() {
                 tokio::time::sleep(debt).await;
             }
+            let now_ms = self.elapsed();
+            let drained_in = self.holdings.drain_until();
+            let drained_in = drained_in.map(|until| Duration::from_millis(until.saturating_sub(now_ms)));
             let tick = self.core.next_tick().map(|at| Duration::from_millis(at.saturating_sub(now())));
             tokio::select! {
                 // Ends of invocations first: they free memory and unblock workers.
@@ -208,7 +200,8 @@ impl Shell {
                         return Err("the connection to NATS was closed".into());
                     }
                     tracing::info!("connection is back: taking all partitions over again");
-                    self.retake_all();
+                    let steps = self.holdings.reconnected();
+                    self.step(steps).await;
                     self.read_placement(Duration::ZERO);
                 }
                 () = tokio::time::sleep(tick.unwrap_or(Duration::from_secs(3600))) => {
@@ -218,30 +211,25 @@ impl Shell {
                 _ = beats.tick() => self.beat().await,
                 _ = refresh.tick() => {
                     self.read_placement(Duration::ZERO);
-                    self.check_silence();
+                    let steps = self.holdings.check_silence(self.elapsed());
+                    self.step(steps).await;
                 }
                 _ = job_refresh.tick() => {
                     let active: Vec<_> = self.core.active_jobs().cloned().collect();
                     active.into_iter().for_each(|key| self.look_up(key));
                 }
-                () = shutdown.cancelled(), if drain_until.is_none() => {
+                () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => {
                     tracing::info!("draining");
                     self.state = InvokerState::Draining;
                     self.beat().await;
-                    drain_until =
-                        Some(tokio::time::Instant::now() + Duration::from_millis(self.config.drain_ms));
+                    self.holdings.drain(self.elapsed());
                 }
-                () = tokio::time::sleep_until(drain_until.unwrap_or_else(tokio::time::Instant::now)),
-                    if drain_until.is_some() => {
-                    tracing::warn!("nobody took the partitions over in time; leaving them to the next invoker");
-                    self.give_up_all().await;
-                }
+                () = tokio::time::sleep(drained_in.unwrap_or_default()), if drained_in.is_some() => {}
             }
-            self.finish_leaving().await;
-            let pending = std::mem::take(&mut self.pending);
-            self.perform(pending).await;
+            let steps = self.holdings.settle(|partition| self.core.is_quiet(partition), self.elapsed());
+            self.step(steps).await;
             self.pull_again().await;
-            if drain_until.is_some() && self.partitions.is_empty() {
+            if self.holdings.is_drained() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
                 let _ = client.flush().await;
@@ -250,10 +238,8 @@ impl Shell {
         }
     }
 
-    /// Tells the core something; what follows from it is performed before the loop goes on.
-    fn tell(&mut self, event: Event) {
-        let actions = self.core.handle(event, now());
-        self.pending.extend(actions);
+    fn elapsed(&self) -> Millis {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// A message of the inbox: a contribution, or the status of a pull request.
@@ -261,14 +247,13 @@ impl Shell {
         if message.status.is_some() {
             let partition = message.subject.rsplit('.').next().and_then(|token| token.parse().ok());
             let Some(partition) = partition else { return };
-            let alive = match self.partitions.get_mut(&partition) {
-                Some(Slot::Held(held)) => held.status(&message),
-                _ => return,
-            };
-            if alive {
+            let elapsed = self.elapsed();
+            let Some(held) = self.holdings.pulled(partition) else { return };
+            if held.status(&message, elapsed) {
                 self.pull(partition).await;
             } else {
-                self.retake(partition, "the consumer is gone");
+                let steps = self.holdings.retake(partition, "the consumer is gone");
+                self.step(steps).await;
             }
             return;
         }
@@ -282,19 +267,12 @@ impl Shell {
         let published = u64::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
         let partition = info.stream.rsplit('_').next().and_then(|token| token.parse::<Partition>().ok());
         let Some(partition) = partition else { return };
-        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = self.partitions.get_mut(&partition) else {
-            return;
-        };
-        if info.consumer != held.consumer {
-            // Meant for a consumer that is no longer ours: the message is delivered to the new one too.
-            return;
-        }
-        let in_order = held.delivered(consumer_sequence);
-        if let Some(reply) = message.reply.clone() {
-            held.replies.insert(sequence, reply);
-        }
-        if !in_order {
-            return self.retake(partition, "deliveries were lost on the way");
+        let (sequences, elapsed) = ((consumer_sequence, sequence), self.elapsed());
+        let reply = message.reply.clone();
+        match self.holdings.delivered(partition, info.consumer, sequences, reply, elapsed) {
+            Delivered::Ours => {}
+            Delivered::NotOurs => return,
+            Delivered::Gap(steps) => return self.step(steps).await,
         }
         let async_nats::Message { subject, payload: frame, .. } = message.message;
         self.average_bytes = (7 * self.average_bytes + frame.len()) / 8;
@@ -310,10 +288,14 @@ impl Shell {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;
             }
-            Done::Took(partition, epoch, result) => self.took(partition, epoch, result).await,
+            Done::Took(partition, epoch, result) => {
+                let steps = self.holdings.took(partition, epoch, result, self.elapsed());
+                self.step(steps).await;
+            }
             Done::Placement(Ok(placement)) => {
+                let steps = self.holdings.follow(&placement, self.elapsed());
                 self.placement = placement;
-                self.follow_placement();
+                self.step(steps).await;
             }
             Done::Placement(Err(error)) => tracing::debug!(%error, "placement not read"),
             Done::Nothing => {}
@@ -339,12 +321,7 @@ impl Shell {
     }
 
     async fn beat(&mut self) {
-        let held: Vec<_> = (self.partitions.iter())
-            .filter_map(|(partition, slot)| match slot {
-                Slot::Held(held) | Slot::Leaving(held, _) => Some((*partition, held.epoch)),
-                Slot::Taking { .. } => None,
-            })
-            .collect();
+        let held = self.holdings.held();
         let load = (self.core.held_messages(), self.core.held_bytes());
         metrics::held(load.1);
         let beat = self.busyness.beat(&self.id, self.state, held, load, self.config.cpu_quota);

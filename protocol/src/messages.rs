@@ -255,6 +255,10 @@ pub struct Claim {
     pub worker: WorkerRef,
     /// Stable id of the worker: the same id may take its own rank over at once.
     pub id: String,
+    /// The former life that this one replaces, as the claimant has read it in the roster. A claim that comes
+    /// late, of a life that is over itself, names an older one and replaces nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Incarnation>,
 }
 
 /// One life of a worker in one life of a job.

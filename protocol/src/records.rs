@@ -6,13 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Epoch, Incarnation, JobKey, JobSpec, Layout, Partition, Rank, Round, SettingsRevision, ShardIndex,
-    StoreId, WireError,
+    StoreId, StoreJob, WireError,
 };
 
 /// Life of a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
+    /// Its slab and roster are being made. A creation cut short is finished by whoever opens the job next.
+    Creating,
     /// Waiting for initial parameters.
     Initialising,
     /// Rounds may close.
@@ -57,6 +59,20 @@ impl JobRecord {
         crate::partition_of(self.incarnation, shard, self.partitions)
     }
 
+    /// What a store keeps of it.
+    #[must_use]
+    pub fn store_job(&self) -> StoreJob {
+        StoreJob {
+            key: self.spec.key.clone(),
+            incarnation: self.incarnation,
+            layout: self.layout,
+            slots: self.slots,
+            durability: self.spec.durability,
+            max_members: self.spec.max_members,
+            init: self.spec.init,
+        }
+    }
+
     /// Bytes of the state of the largest shard.
     #[must_use]
     pub fn state_bytes(&self) -> usize {
@@ -77,6 +93,10 @@ pub struct Member {
     pub from_round: Round,
     /// First round that no longer counts it.
     pub until_round: Option<Round>,
+    /// No round from `from_round` on can close without it: it may be told that it has joined, and its first
+    /// round does not change any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub confirmed: bool,
 }
 
 impl Member {
@@ -104,6 +124,14 @@ impl Roster {
     /// The members that `round` waits for, in no particular order.
     pub fn of_round(&self, round: Round) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(move |member| member.counts_in(round))
+    }
+
+    /// The life that holds `rank`, where it is one of the worker `id`.
+    #[must_use]
+    pub fn former_life(&self, rank: Rank, id: &str) -> Option<Incarnation> {
+        let holds =
+            |member: &&Member| member.rank == rank && member.worker == id && member.until_round.is_none();
+        self.members.iter().find(holds).map(|member| member.incarnation)
     }
 
     /// The tenure of a worker's life.

@@ -153,8 +153,14 @@ fn job(state: JobState) -> JobRecord {
 }
 
 fn roster() -> Roster {
-    let member =
-        Member { rank: 0, worker: "host-a".into(), incarnation: WORKER, from_round: 1, until_round: None };
+    let member = Member {
+        rank: 0,
+        worker: "host-a".into(),
+        incarnation: WORKER,
+        from_round: 1,
+        until_round: None,
+        confirmed: false,
+    };
     let gone = Member { rank: 1, worker: "host-b".into(), until_round: Some(40), ..member };
     Roster { job: JOB, epoch: 300, started: true, members: vec![member, gone] }
 }
@@ -236,6 +242,7 @@ fn api_reply_name(reply: &ApiReply) -> &'static str {
 /// As [`request_name`].
 fn job_name(state: &JobState) -> &'static str {
     match state {
+        JobState::Creating => "record_job_creating",
         JobState::Initialising => "record_job_initialising",
         JobState::Running => "record_job_running",
         JobState::Failed(_) => "record_job_failed",
@@ -319,7 +326,7 @@ fn api_messages() -> Vec<Golden> {
         ApiRequest::ListJobs,
         ApiRequest::DeleteJob(key()),
         ApiRequest::Activate { key: key(), job: JOB, upload: UPLOAD },
-        ApiRequest::Join(Claim { worker: worker(), id: "host-a".into() }),
+        ApiRequest::Join(Claim { worker: worker(), id: "host-a".into(), replaces: None }),
         ApiRequest::Leave(worker()),
         ApiRequest::Beat { worker: worker(), window_bytes: 1 << 26, active: true },
     ];
@@ -365,7 +372,7 @@ fn records() -> Vec<Golden> {
         record("record_suspect", suspect),
         record("error_codes", ErrorCode::ALL.to_vec()),
     ];
-    for state in [JobState::Initialising, JobState::Running, JobState::Failed(error())] {
+    for state in [JobState::Creating, JobState::Initialising, JobState::Running, JobState::Failed(error())] {
         goldens.push(record(job_name(&state), job(state)));
     }
     for state in [InvokerState::Starting, InvokerState::Ready, InvokerState::Draining] {

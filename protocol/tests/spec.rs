@@ -437,6 +437,7 @@ fn a_round_waits_for_the_members_of_its_time() {
         incarnation: life(byte),
         from_round,
         until_round,
+        confirmed: true,
     };
     let roster = Roster {
         job: life(0),

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use thalweg_broker::{Backoff, Connection, NatsConfig, Registry, RequestError, request};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Kind, Rank, Roster,
-    StoreRequest, WireError, WorkerRef, offsets, subjects,
+    StoreRequest, WireError, WorkerRef, frame, offsets, subjects,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Error, Job, Worker,
     driver::{Driver, Shared, ask_store, read_heads, read_streams},
-    engine::{Engine, Timing},
+    engine::{Engine, Timing, held_up, void_after},
 };
 
 /// Longest wait for one reply of the gateway.
@@ -122,7 +122,24 @@ impl Client {
 
     /// Asks the gateway until it answers, or says something that waiting cannot cure.
     async fn ask(&self, query: &ApiRequest, patience: &mut Patience) -> Result<ApiReply, Error> {
+        self.ask_as(None, query, patience).await
+    }
+
+    /// As [`Self::ask`], for a worker that may be on the roster already, with its window: it shows that it is
+    /// alive as long as it waits, or its lease would end.
+    async fn ask_as(
+        &self,
+        worker: Option<(&WorkerRef, u64)>,
+        query: &ApiRequest,
+        patience: &mut Patience,
+    ) -> Result<ApiReply, Error> {
         loop {
+            if let Some((worker, window_bytes)) = worker {
+                let beat = ApiRequest::Beat { worker: worker.clone(), window_bytes, active: false };
+                let frame = frame::seal(Kind::ApiRequest, &beat, &[]);
+                // Nobody waits for an answer: whether the rank is lost is found out by what is asked.
+                let _ = self.connection.client.publish(subjects::WORKER_BEAT, frame).await;
+            }
             let hint = match self.ask_once(query).await {
                 Ok(Ok(reply)) => return Ok(reply),
                 Ok(Err(error)) if !error.is_retryable() => return Err(error.into()),
@@ -206,7 +223,7 @@ impl Client {
         let mut patience = Patience::new(options.timeout);
         let spec = job.spec()?;
         let query = ApiRequest::OpenJob(spec);
-        let ApiReply::Job(record, _) = self.ask(&query, &mut patience).await? else {
+        let ApiReply::Job(record, roster) = self.ask(&query, &mut patience).await? else {
             return Err(unexpected(&ApiReply::Done));
         };
         let record = self.initialise(*record, rank, &options, &mut patience).await?;
@@ -216,14 +233,15 @@ impl Client {
             rank,
             incarnation: Incarnation::random(),
         };
-        let (roster, window_bytes, lease) = self.claim(&worker, &options, &mut patience).await?;
+        let (roster, window_bytes, lease) = self.claim(&worker, roster, &options, &mut patience).await?;
         let registry = loop {
             match Registry::open(&self.connection.jetstream).await {
                 Ok(registry) => break registry,
                 Err(error) => patience.wait("the registry", &error.to_string()).await?,
             }
         };
-        let roster = self.wait_for_start(&record, &worker, roster, lease, &mut patience).await?;
+        let roster =
+            self.wait_for_start(&record, (&worker, window_bytes), roster, lease, &mut patience).await?;
         let from_round = roster.tenure(worker.incarnation).map_or(1, |member| member.from_round);
         // Round `from_round` waits for this worker, so every shard comes to stand right before it.
         let heads = loop {
@@ -236,7 +254,10 @@ impl Client {
                 {
                     break heads;
                 }
-                Ok(_) => patience.wait("the present round to end", "other workers are in it").await?,
+                Ok(heads) => {
+                    self.stand_aside(&record, &worker, &roster, from_round, &heads).await;
+                    patience.wait("the present round to end", "other workers are in it").await?;
+                }
                 Err(error) if error.is_retryable() => patience.wait("the store", &error.message).await?,
                 Err(error) => return Err(error.into()),
             }
@@ -249,7 +270,8 @@ impl Client {
         let streams = read_streams(&registry, &record).await.unwrap_or_default();
         let identity = (record.incarnation, worker.incarnation, rank);
         let now = Instant::now();
-        let mut engine = Engine::new(options.timing, identity, heads.clone(), round, model_bytes, now);
+        let mut engine = Engine::new(options.timing, identity, heads.clone(), round, model_bytes, now)
+            .full_roster(record.spec.quorum.is_none());
         engine.window(window_bytes, roster.epoch, now);
         engine.heads(&heads, streams, now);
         let results = self.subscribe(subjects::result(&worker.key)).await?;
@@ -271,6 +293,27 @@ impl Client {
         Ok(Worker::new(self.clone(), record, worker, shared, stop))
     }
 
+    /// With a quorum, rounds that count this worker may be closed on some shards and wait for it on others,
+    /// perhaps for it alone.
+    async fn stand_aside(
+        &self,
+        record: &JobRecord,
+        worker: &WorkerRef,
+        roster: &Roster,
+        from_round: thalweg_protocol::Round,
+        heads: &[thalweg_protocol::Head],
+    ) {
+        for (shard, head) in held_up(heads, from_round) {
+            let identity = (worker.job, worker.incarnation, worker.rank);
+            let frame = void_after(identity, roster.epoch, shard, head);
+            let subject = subjects::gradient(record.partition(shard), &worker.key, worker.rank);
+            // One that does not arrive is sent again with the next look.
+            if let Err(error) = self.connection.jetstream.publish(subject, frame).await {
+                tracing::debug!(%error, shard, "void not sent");
+            }
+        }
+    }
+
     async fn subscribe(&self, subject: String) -> Result<async_nats::Subscriber, Error> {
         self.connection.client.subscribe(subject).await.map_err(|error| Error::Connect(error.to_string()))
     }
@@ -289,7 +332,7 @@ impl Client {
                 JobState::Failed(error) => {
                     return Err(WireError::new(ErrorCode::JobFailed, error.to_string()).into());
                 }
-                JobState::Initialising => {}
+                JobState::Initialising | JobState::Creating => {}
             }
             if rank == 0 && !options.initial.is_empty() {
                 self.upload(&record, &options.initial, patience).await?;
@@ -353,13 +396,15 @@ impl Client {
     async fn claim(
         &self,
         worker: &WorkerRef,
+        mut known: Roster,
         options: &JoinOptions,
         patience: &mut Patience,
     ) -> Result<(Roster, u64, Duration), Error> {
-        let claim = Claim { worker: worker.clone(), id: options.worker_id.clone() };
         let until = Instant::now() + options.rank_timeout;
         loop {
-            match self.ask(&ApiRequest::Join(claim.clone()), patience).await {
+            let replaces = known.former_life(worker.rank, &options.worker_id);
+            let claim = Claim { worker: worker.clone(), id: options.worker_id.clone(), replaces };
+            match self.ask_as(Some((worker, 0)), &ApiRequest::Join(claim), patience).await {
                 Ok(ApiReply::Joined { roster, window_bytes, lease_ms }) => {
                     return Ok((roster, window_bytes, Duration::from_millis(lease_ms)));
                 }
@@ -368,6 +413,13 @@ impl Client {
                     if error.code == ErrorCode::RankTaken && Instant::now() < until =>
                 {
                     patience.wait("the rank", &error.message).await?;
+                    match self
+                        .ask_as(Some((worker, 0)), &ApiRequest::GetJob(worker.key.clone()), patience)
+                        .await?
+                    {
+                        ApiReply::Job(_, roster) => known = roster,
+                        other => return Err(unexpected(&other)),
+                    }
                 }
                 Err(error) => return Err(error),
             }
@@ -377,7 +429,7 @@ impl Client {
     async fn wait_for_start(
         &self,
         record: &JobRecord,
-        worker: &WorkerRef,
+        (worker, window_bytes): (&WorkerRef, u64),
         mut roster: Roster,
         lease: Duration,
         patience: &mut Patience,
@@ -392,15 +444,23 @@ impl Client {
             );
             patience.wait("the other workers", &text).await?;
             if beaten.elapsed() >= lease / 8 {
-                self.keep_alive(worker, 0).await?;
+                self.keep_alive(worker, window_bytes).await?;
                 beaten = Instant::now();
             }
-            match self.ask(&ApiRequest::GetJob(record.spec.key.clone()), patience).await? {
+            match self
+                .ask_as(Some((worker, window_bytes)), &ApiRequest::GetJob(record.spec.key.clone()), patience)
+                .await?
+            {
                 ApiReply::Job(newer, _) if newer.incarnation != record.incarnation => {
                     let text = format!("this life of job {} is over: open the job again", record.spec.key);
                     return Err(WireError::new(ErrorCode::Gone, text).into());
                 }
-                ApiReply::Job(_, newer) => roster = newer,
+                ApiReply::Job(newer, newest) => {
+                    if let JobState::Failed(error) = &newer.state {
+                        return Err(WireError::new(ErrorCode::JobFailed, error.to_string()).into());
+                    }
+                    roster = newest;
+                }
                 other => return Err(unexpected(&other)),
             }
         }
@@ -409,7 +469,8 @@ impl Client {
 
     /// A heartbeat while joining.
     async fn keep_alive(&self, worker: &WorkerRef, window_bytes: u64) -> Result<(), Error> {
-        let beat = ApiRequest::Beat { worker: worker.clone(), window_bytes, active: true };
+        // It pushes nothing yet, so it needs no window, whatever it is told.
+        let beat = ApiRequest::Beat { worker: worker.clone(), window_bytes, active: false };
         let kinds = (Kind::ApiRequest, Kind::ApiReply);
         let client = &self.connection.client;
         let reply =

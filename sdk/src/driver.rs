@@ -89,8 +89,8 @@ pub(crate) struct Driver {
 /// End of something the task waited for.
 enum Done {
     Published(ShardIndex, Round, u64, Result<(), PublishErrorKind>),
-    Asked(Option<(Vec<Head>, Vec<i64>)>),
-    Fetched(ShardIndex, Option<(Head, Ledger, Bytes)>),
+    Asked(Result<(Vec<Head>, Vec<i64>), WireError>),
+    Fetched(ShardIndex, Result<(Head, Ledger, Bytes), WireError>),
     Beat(Option<Result<(u64, u64), WireError>>),
 }
 
@@ -243,9 +243,14 @@ impl Driver {
                 tracing::debug!(shard, round, %kind, "the broker did not take a message; trying again");
                 engine.refused(shard, round, len, rand::random(), now)
             }
-            Done::Asked(Some((heads, streams))) => engine.heads(&heads, streams, now),
-            Done::Asked(None) | Done::Fetched(_, None) | Done::Beat(None) => Vec::new(),
-            Done::Fetched(shard, Some((head, ledger, values))) => {
+            Done::Asked(Ok((heads, streams))) => engine.heads(&heads, streams, now),
+            // The job is gone, or has lost state: nobody else may be left to say so.
+            Done::Asked(Err(error)) | Done::Fetched(_, Err(error)) if !error.is_retryable() => {
+                engine.fail(error);
+                Vec::new()
+            }
+            Done::Asked(Err(_)) | Done::Fetched(_, Err(_)) | Done::Beat(None) => Vec::new(),
+            Done::Fetched(shard, Ok((head, ledger, values))) => {
                 if values.len() == self.record.layout.len(shard) * 4 {
                     engine.result(shard, head, ledger, values, now)
                 } else {
@@ -291,13 +296,14 @@ impl Driver {
         Box::pin(async move {
             let heads = read_heads(&client, &record).await;
             let streams = read_streams(&registry, &record).await;
-            Done::Asked(heads.ok().zip(streams))
+            let unavailable = || WireError::new(ErrorCode::Unavailable, "the registry does not answer");
+            Done::Asked(heads.and_then(|heads| Ok((heads, streams.ok_or_else(unavailable)?))))
         })
     }
 
     fn fetch(&self, shard: ShardIndex) -> BoxFuture<'static, Done> {
         let (client, record) = (self.connection.client.clone(), self.record.clone());
-        Box::pin(async move { Done::Fetched(shard, fetch(&client, &record, shard).await.ok()) })
+        Box::pin(async move { Done::Fetched(shard, fetch(&client, &record, shard).await) })
     }
 }
 

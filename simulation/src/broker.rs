@@ -1,200 +1,316 @@
-//! A model of what NATS JetStream does for Thalweg: work queues in memory with one consumer each, and a
-//! registry in files.
+//! A model of what NATS JetStream does for Thalweg: work queues with one consumer each, and a registry.
+//!
+//! `tests/conformance.rs` holds it to real servers.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
-use thalweg_protocol::{GradientHeader, Kind, Partition, Placement, Round, ShardIndex, frame};
+use thalweg_broker::{Conflict, PartitionDepth, Queue, QueueError, Revision};
+use thalweg_protocol::Partition;
 
-use crate::network::{Millis, Queued, StreamState};
-
-/// A partition's work queue.
-#[derive(Debug)]
-pub(crate) struct Stream {
-    pub(crate) created: i64,
-    last_sequence: u64,
-    messages: BTreeMap<u64, Arc<Queued>>,
-    consumer: Option<Consumer>,
+/// What a message is in its queue.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// When it was stored.
+    pub published: u64,
+    /// Its subject.
+    pub subject: String,
+    /// Its bytes.
+    pub frame: Bytes,
 }
 
-/// Its only consumer.
+/// A message on its way to whoever pulled.
+#[derive(Clone, Debug)]
+pub struct Delivery<P> {
+    /// Who pulled.
+    pub puller: P,
+    /// The consumer.
+    pub consumer: String,
+    /// Counts the consumer's deliveries, from 1.
+    pub consumer_sequence: u64,
+    /// The message's sequence in its stream.
+    pub sequence: u64,
+    /// The message.
+    pub message: Message,
+}
+
 #[derive(Debug)]
-struct Consumer {
+struct Stream<P> {
+    created: i64,
+    last_sequence: u64,
+    messages: BTreeMap<u64, Message>,
+    consumer: Option<Consumer<P>>,
+}
+
+#[derive(Debug)]
+struct Consumer<P> {
     name: String,
     /// Delivered and not acknowledged.
     pending: BTreeSet<u64>,
     /// Still to be delivered.
     waiting: VecDeque<u64>,
     delivered: u64,
-    credit: u64,
+    /// Pull requests: by whom, and how many messages each may still get.
+    pulls: VecDeque<(P, u64)>,
 }
 
-/// See the module.
-#[derive(Debug, Default)]
-pub(crate) struct Broker {
-    /// `None`: forgotten, until somebody defines it again (rule P16).
-    pub(crate) streams: Vec<Option<Stream>>,
-    /// The registry: what survives a restart.
-    pub(crate) placement: Placement,
-    pub(crate) recorded: Vec<i64>,
+/// See the module. `P` names whoever pulls.
+#[derive(Debug)]
+pub struct Broker<P> {
+    /// Whether queues survive a kill.
+    files: bool,
+    streams: Vec<Option<Stream<P>>>,
+    creations: i64,
+    keys: BTreeMap<String, (Revision, Option<Bytes>)>,
+    last_revision: Revision,
+    /// Messages put aside.
+    pub dead_letters: Vec<Bytes>,
 }
 
-impl Broker {
-    pub(crate) fn new(partitions: Partition) -> Self {
-        let streams = (0..partitions).map(|_| None).collect();
-        Self { streams, placement: Placement::default(), recorded: Vec::new() }
-    }
-
-    fn stream(&mut self, partition: Partition) -> Option<&mut Stream> {
-        self.streams.get_mut(usize::from(partition))?.as_mut()
-    }
-
-    /// A kill: streams in memory are lost with their definitions.
-    pub(crate) fn restart(&mut self) {
-        self.streams.iter_mut().for_each(|stream| *stream = None);
-    }
-
-    /// Defines the streams that are missing and records when each was created.
-    pub(crate) fn ensure_streams(&mut self, now: Millis) {
-        let created = i64::try_from(now + 1).unwrap_or(i64::MAX);
-        for stream in &mut self.streams {
-            let anew = || Stream { created, last_sequence: 0, messages: BTreeMap::new(), consumer: None };
-            stream.get_or_insert_with(anew);
+impl<P: Copy + PartialEq> Broker<P> {
+    /// A server without streams. `files` is whether queues are kept in files.
+    #[must_use]
+    pub fn new(partitions: Partition, files: bool) -> Self {
+        Self {
+            files,
+            streams: (0..partitions).map(|_| None).collect(),
+            creations: 0,
+            keys: BTreeMap::new(),
+            last_revision: 0,
+            dead_letters: Vec::new(),
         }
-        self.recorded = self.streams.iter().flatten().map(|stream| stream.created).collect();
     }
 
-    /// Stores a message; `None` where there is no stream (503).
-    pub(crate) fn store(
-        &mut self,
-        partition: Partition,
-        now: Millis,
-        subject: String,
-        frame: Bytes,
-    ) -> Option<()> {
-        let stream = self.stream(partition)?;
-        stream.last_sequence += 1;
-        let sequence = stream.last_sequence;
-        stream.messages.insert(sequence, Arc::new(Queued { sequence, published: now, subject, frame }));
-        if let Some(consumer) = &mut stream.consumer {
-            consumer.waiting.push_back(sequence);
+    fn stream(&mut self, partition: Partition) -> Result<&mut Stream<P>, QueueError> {
+        let stream = self.streams.get_mut(usize::from(partition)).and_then(Option::as_mut);
+        stream.ok_or(QueueError::Missing(partition))
+    }
+
+    /// A kill. Streams in memory are lost with their definitions; files, the registry among them, stay. Pull
+    /// requests are gone with their connections.
+    pub fn restart(&mut self) {
+        if self.files {
+            for stream in self.streams.iter_mut().flatten() {
+                stream.consumer.iter_mut().for_each(|consumer| consumer.pulls.clear());
+            }
+        } else {
+            self.streams.iter_mut().for_each(|stream| *stream = None);
         }
-        Some(())
     }
 
-    /// Deliveries that are due: consumer, its sequence, message.
-    pub(crate) fn deliveries(&mut self, partition: Partition) -> Vec<(String, u64, Arc<Queued>)> {
-        let mut due = Vec::new();
-        let Some(stream) = self.stream(partition) else { return due };
-        let Some(consumer) = &mut stream.consumer else { return due };
-        while consumer.credit > 0 {
-            let Some(sequence) = consumer.waiting.pop_front() else { break };
-            let Some(message) = stream.messages.get(&sequence) else { continue };
-            consumer.credit -= 1;
-            consumer.delivered += 1;
-            consumer.pending.insert(sequence);
-            due.push((consumer.name.clone(), consumer.delivered, message.clone()));
-        }
-        due
-    }
-
-    /// Names of the consumers, with what each has delivered and not heard of.
-    pub(crate) fn list(&mut self, partition: Partition) -> Option<(Vec<(String, usize)>, StreamState)> {
-        let stream = self.stream(partition)?;
-        let consumers =
-            stream.consumer.iter().map(|consumer| (consumer.name.clone(), consumer.pending.len()));
-        let state = StreamState { messages: stream.messages.len(), last_sequence: stream.last_sequence };
-        Some((consumers.collect(), state))
-    }
-
-    pub(crate) fn delete(&mut self, partition: Partition, name: &str) -> Option<()> {
-        let stream = self.stream(partition)?;
-        if stream.consumer.as_ref().is_some_and(|consumer| consumer.name == name) {
-            stream.consumer = None;
-        }
-        Some(())
-    }
-
-    /// Creates a consumer, to which everything un-acknowledged is delivered; `None` without a stream, or
-    /// when there is one of another name (10099). One of the same name is left as it is.
-    pub(crate) fn create(&mut self, partition: Partition, name: &str) -> Option<()> {
-        let stream = self.stream(partition)?;
-        match &stream.consumer {
-            Some(consumer) if consumer.name == name => Some(()),
-            Some(_) => None,
-            None => {
-                let waiting = stream.messages.keys().copied().collect();
-                let pending = BTreeSet::new();
-                let name = name.to_owned();
-                stream.consumer = Some(Consumer { name, pending, waiting, delivered: 0, credit: 0 });
-                Some(())
+    /// A connection is gone, and its pull requests with it.
+    pub fn disconnected(&mut self, gone: impl Fn(&P) -> bool) {
+        for stream in self.streams.iter_mut().flatten() {
+            if let Some(consumer) = &mut stream.consumer {
+                consumer.pulls.retain(|(puller, _)| !gone(puller));
             }
         }
     }
 
-    /// Takes a pull request; `false` when there is no such consumer.
-    pub(crate) fn pull(&mut self, partition: Partition, name: &str, batch: u64) -> bool {
-        let consumer = self.stream(partition).and_then(|stream| stream.consumer.as_mut());
+    /// Defines the streams that are missing; tells when each was created.
+    pub fn ensure(&mut self, now: u64) -> Vec<i64> {
+        for stream in &mut self.streams {
+            if stream.is_none() {
+                self.creations += 1;
+                let created = i64::try_from(now).unwrap_or(i64::MAX / 2_000) * 1_000 + self.creations;
+                *stream =
+                    Some(Stream { created, last_sequence: 0, messages: BTreeMap::new(), consumer: None });
+            }
+        }
+        self.streams.iter().flatten().map(|stream| stream.created).collect()
+    }
+
+    /// Stores a message and tells its sequence.
+    ///
+    /// # Errors
+    /// Without a stream (503).
+    pub fn publish(
+        &mut self,
+        partition: Partition,
+        subject: String,
+        frame: Bytes,
+        now: u64,
+    ) -> Result<u64, QueueError> {
+        let stream = self.stream(partition)?;
+        stream.last_sequence += 1;
+        let sequence = stream.last_sequence;
+        stream.messages.insert(sequence, Message { published: now, subject, frame });
+        if let Some(consumer) = &mut stream.consumer {
+            consumer.waiting.push_back(sequence);
+        }
+        Ok(sequence)
+    }
+
+    /// Takes a pull request; `false` when there is no such consumer (503).
+    pub fn pull(&mut self, partition: Partition, name: &str, puller: P, batch: u64) -> bool {
+        let consumer = self.stream(partition).ok().and_then(|stream| stream.consumer.as_mut());
         match consumer.filter(|consumer| consumer.name == name) {
             Some(consumer) => {
-                consumer.credit += batch;
+                consumer.pulls.push_back((puller, batch));
                 true
             }
             None => false,
         }
     }
 
-    /// Takes an acknowledgement: it counts for what the consumer of that name has delivered.
-    pub(crate) fn acknowledge(
-        &mut self,
-        partition: Partition,
-        name: &str,
-        sequence: u64,
-    ) -> Option<Arc<Queued>> {
-        let stream = self.stream(partition)?;
+    /// Whether a pull request is alive, which its heartbeats show.
+    #[must_use]
+    pub fn is_pulled(&self, partition: Partition, name: &str, puller: P) -> bool {
+        let stream = self.streams.get(usize::from(partition)).and_then(Option::as_ref);
+        let consumer = stream.and_then(|stream| stream.consumer.as_ref());
+        consumer.is_some_and(|consumer| {
+            consumer.name == name && consumer.pulls.iter().any(|(by, left)| *by == puller && *left > 0)
+        })
+    }
+
+    /// What is due to be delivered of a partition.
+    pub fn deliveries(&mut self, partition: Partition) -> Vec<Delivery<P>> {
+        let mut due = Vec::new();
+        let Ok(stream) = self.stream(partition) else { return due };
+        let Some(consumer) = &mut stream.consumer else { return due };
+        while !consumer.waiting.is_empty() {
+            let Some((puller, left)) = consumer.pulls.front_mut() else { break };
+            let (puller, spent) = (*puller, *left == 0);
+            if spent {
+                consumer.pulls.pop_front();
+                continue;
+            }
+            *left -= 1;
+            let Some(sequence) = consumer.waiting.pop_front() else { break };
+            let Some(message) = stream.messages.get(&sequence) else { continue };
+            consumer.delivered += 1;
+            consumer.pending.insert(sequence);
+            due.push(Delivery {
+                puller,
+                consumer: consumer.name.clone(),
+                consumer_sequence: consumer.delivered,
+                sequence,
+                message: message.clone(),
+            });
+        }
+        consumer.pulls.retain(|(_, left)| *left > 0);
+        due
+    }
+
+    /// Takes an acknowledgement: it counts for what the consumer of that name has delivered. Returns what it
+    /// removed.
+    pub fn acknowledge(&mut self, partition: Partition, name: &str, sequence: u64) -> Option<Message> {
+        let stream = self.stream(partition).ok()?;
         let consumer = stream.consumer.as_mut().filter(|consumer| consumer.name == name)?;
-        // Acknowledgements name stream and consumer sequence; what was not delivered yet is not removed.
+        // What was not delivered yet is not removed.
         if !consumer.pending.remove(&sequence) {
             return None;
         }
         stream.messages.remove(&sequence)
     }
 
-    /// Reads a message by its sequence.
-    pub(crate) fn get(&self, partition: Partition, sequence: u64) -> Option<Arc<Queued>> {
-        self.streams.get(usize::from(partition))?.as_ref()?.messages.get(&sequence).cloned()
+    /// One queue with its consumers.
+    ///
+    /// # Errors
+    /// Without a stream.
+    pub fn look(&mut self, partition: Partition) -> Result<Queue, QueueError> {
+        let stream = self.stream(partition)?;
+        let pending = |consumer: &Consumer<P>| (consumer.name.clone(), consumer.pending.len() as u64);
+        Ok(Queue {
+            created: stream.created,
+            messages: stream.messages.len() as u64,
+            last_sequence: stream.last_sequence,
+            consumers: stream.consumer.iter().map(pending).collect(),
+        })
     }
 
-    /// Contributions in the queues to one round of a shard: partition and sequence.
-    pub(crate) fn pending_of(&self, shard: ShardIndex, round: Round) -> Vec<(Partition, u64)> {
-        let mut found = Vec::new();
-        for (partition, stream) in (0..).zip(&self.streams) {
-            for message in stream.iter().flat_map(|stream| stream.messages.values()) {
-                let opened = frame::open::<GradientHeader>(Kind::Gradient, &message.frame);
-                if opened.is_ok_and(|(header, _)| header.shard == shard && header.round == round) {
-                    found.push((partition, message.sequence));
-                }
+    /// Removes a consumer, if it is there; returns whoever had pull requests on it.
+    pub fn delete_consumer(&mut self, partition: Partition, name: &str) -> Vec<P> {
+        let Ok(stream) = self.stream(partition) else { return Vec::new() };
+        match stream.consumer.take_if(|consumer| consumer.name == name) {
+            Some(consumer) => consumer.pulls.into_iter().map(|(puller, _)| puller).collect(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Creates a consumer, to which everything un-acknowledged is delivered. One of the same name is left as
+    /// it is.
+    ///
+    /// # Errors
+    /// Without a stream, or when there is a consumer of another name (10099).
+    pub fn create_consumer(&mut self, partition: Partition, name: &str) -> Result<(), QueueError> {
+        let stream = self.stream(partition)?;
+        match &stream.consumer {
+            Some(consumer) if consumer.name == name => Ok(()),
+            Some(_) => Err(QueueError::Raced),
+            None => {
+                stream.consumer = Some(Consumer {
+                    name: name.to_owned(),
+                    pending: BTreeSet::new(),
+                    waiting: stream.messages.keys().copied().collect(),
+                    delivered: 0,
+                    pulls: VecDeque::new(),
+                });
+                Ok(())
             }
         }
-        found
     }
 
-    /// Messages in the queues that carry the same contribution.
-    pub(crate) fn copies_of(&self, frame: &Bytes) -> usize {
-        let messages = self.streams.iter().flatten().flat_map(|stream| stream.messages.values());
-        messages.filter(|message| message.frame == *frame).count()
+    /// Reads a message by its sequence, delivered or not.
+    ///
+    /// # Errors
+    /// Without a stream.
+    pub fn read(&mut self, partition: Partition, sequence: u64) -> Result<Option<Message>, QueueError> {
+        Ok(self.stream(partition)?.messages.get(&sequence).cloned())
     }
 
-    /// Messages and bytes of each partition; `None` while a stream is missing.
-    pub(crate) fn depths(&self) -> Option<Vec<(u64, u64)>> {
-        let depth = |stream: &Option<Stream>| {
-            let stream = stream.as_ref()?;
-            let bytes = stream.messages.values().map(|message| message.frame.len() as u64).sum();
-            Some((stream.messages.len() as u64, bytes))
+    /// Depth of every partition.
+    ///
+    /// # Errors
+    /// While a stream is missing.
+    pub fn depths(&self) -> Result<Vec<PartitionDepth>, QueueError> {
+        let depth = |(partition, stream): (Partition, &Option<Stream<P>>)| {
+            let stream = stream.as_ref().ok_or(QueueError::Missing(partition))?;
+            Ok(PartitionDepth {
+                messages: stream.messages.len() as u64,
+                bytes: stream.messages.values().map(|message| message.frame.len() as u64).sum(),
+                first_sequence: stream.messages.keys().next().copied().unwrap_or(stream.last_sequence + 1),
+                last_sequence: stream.last_sequence,
+            })
         };
-        self.streams.iter().map(depth).collect()
+        (0..).zip(&self.streams).map(depth).collect()
+    }
+
+    /// All messages in all queues: partition, sequence, message.
+    pub fn messages(&self) -> impl Iterator<Item = (Partition, u64, &Message)> {
+        (0..).zip(&self.streams).flat_map(|(partition, stream)| {
+            let messages = stream.iter().flat_map(|stream| &stream.messages);
+            messages.map(move |(sequence, message)| (partition, *sequence, message))
+        })
+    }
+
+    /// A key's value and revision.
+    #[must_use]
+    pub fn entry(&self, key: &str) -> (Option<Bytes>, Revision) {
+        self.keys.get(key).map_or((None, 0), |(revision, value)| (value.clone(), *revision))
+    }
+
+    /// Writes a key that stands at `expect`; `None` leaves a mark of its deletion.
+    ///
+    /// # Errors
+    /// [`Conflict`].
+    pub fn update(
+        &mut self,
+        key: &str,
+        value: Option<Bytes>,
+        expect: Revision,
+    ) -> Result<Revision, Conflict> {
+        if self.entry(key).1 != expect {
+            return Err(Conflict);
+        }
+        self.last_revision += 1;
+        self.keys.insert(key.to_owned(), (self.last_revision, value));
+        Ok(self.last_revision)
+    }
+
+    /// The keys that have a value.
+    #[must_use]
+    pub fn keys(&self) -> Vec<String> {
+        self.keys.iter().filter(|(_, (_, value))| value.is_some()).map(|(key, _)| key.clone()).collect()
     }
 }

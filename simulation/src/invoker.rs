@@ -1,522 +1,515 @@
-//! An invoker: its core, and a shell that does what `thalweg-invoker`'s does around it.
+//! An invoker: core, holdings, takeover and fold are the real ones; the loop around them is modelled.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use bytes::Bytes;
 use rand::{RngExt as _, seq::SliceRandom as _};
-use thalweg_functions::{Contribution, Kind as FunctionKind, ShardContext};
-use thalweg_invoker::core::{Action, Core, Delivery, Event as CoreEvent, FoldError, Limits, Plan};
-use thalweg_protocol::{
-    Epoch, GradientHeader, InvokerBeat, InvokerState, Kind, Partition, Placement, ResultHeader, checksum,
-    frame, subjects,
+use thalweg_invoker::{
+    FoldContext, Job, clear_suspect,
+    core::{Action, Core, Delivery, Event as CoreEvent, Limits, Plan},
+    fold,
+    holdings::{Delivered as Told, Holdings, Step},
+    take_over,
 };
+use thalweg_protocol::{
+    Commit, GradientHeader, InvokerBeat, InvokerState, JobKey, Kind, NonFinite, PLACEMENT_KEY, Partition,
+    Placement, ResultHeader, checksum, frame,
+};
+use thalweg_store::ShardStore as _;
 
 use crate::{
     Mutation,
-    network::{Actor, Body, Millis, StreamState},
-    world::{Event, Timer, World},
+    calls::Ask,
+    network::{Actor, Body, Delivered, Millis},
+    world::{Done, Event, Timer, World},
 };
 
-/// Time between its heartbeats.
-pub(crate) const BEAT_MS: Millis = 200;
-/// Time between its readings of the placement.
-pub(crate) const REFRESH_MS: Millis = 500;
-/// Silence of a pull request after which the partition is taken over again.
-const SILENCE_MS: Millis = 5000;
-/// Longest time to hand partitions over when told to stop.
+const BEAT_MS: Millis = 200;
+const REFRESH_MS: Millis = 500;
+const JOB_REFRESH_MS: Millis = 1000;
 const DRAIN_MS: Millis = 1000;
 const BATCH: u64 = 4;
 /// Virtual time begins here on every wall clock.
 const EPOCH_MS: Millis = 1_000_000_000;
 
-/// A partition in its hands, or on the way there.
-pub(crate) enum Slot {
-    Taking { epoch: Epoch, own: Option<String>, found: Option<(bool, StreamState)>, name: String },
-    Held(Holding),
-    Leaving(Holding, Millis),
-}
-
-pub(crate) struct Holding {
-    epoch: Epoch,
-    consumer: String,
-    next_delivery: u64,
-    credit: u64,
-    heard: Millis,
-    /// Delivered by this consumer: what can be acknowledged.
-    replies: BTreeSet<u64>,
-}
-
 /// An invoker's process.
 pub(crate) struct Host {
     pub(crate) core: Core,
-    slots: BTreeMap<Partition, Slot>,
-    drain_until: Option<Millis>,
-    /// Its clock is this much ahead.
-    skew: Millis,
-    /// Dies after so many more actions.
-    pub(crate) dies_after: Option<u32>,
+    pub(crate) holdings: Holdings,
+    placement: Placement,
+    draining: bool,
+    ending: bool,
+    /// What its clock shows at virtual time 0.
+    epoch: Millis,
     armed: Option<Millis>,
-}
-
-impl Host {
-    pub(crate) fn new(limits: Limits, skew: Millis) -> Self {
-        Self {
-            core: Core::new(limits),
-            slots: BTreeMap::new(),
-            drain_until: None,
-            skew,
-            dies_after: None,
-            armed: None,
-        }
-    }
+    /// The autoscaler that started it.
+    pub(crate) starter: u32,
 }
 
 impl World {
-    fn id(number: u32) -> String {
-        format!("i{number}")
+    pub(crate) fn invoker_starts(&mut self, number: u32, starter: u32) {
+        let skew = self.rng.random_range(0..=2 * self.most_skew);
+        let limits: Limits = self.limits;
+        let host = Host {
+            core: Core::new(limits),
+            holdings: Holdings::new(format!("i{number}"), DRAIN_MS),
+            placement: Placement::default(),
+            draining: false,
+            ending: false,
+            epoch: EPOCH_MS + skew - self.most_skew,
+            armed: None,
+            starter,
+        };
+        self.invokers.insert(number, host);
+        self.note(|| format!("i{number} starts"));
+        let me = Actor::Invoker(number);
+        self.timer(0, me, Timer::Beat);
+        self.timer(0, me, Timer::Refresh);
+        self.timer(JOB_REFRESH_MS, me, Timer::Jobs);
     }
 
     /// Tells the core something and performs what follows.
     fn tell(&mut self, number: u32, event: CoreEvent) {
         let now = self.now;
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        let clock = EPOCH_MS + now + host.skew;
-        let actions = host.core.handle(event, clock);
+        let (epoch, limit) = (host.epoch, self.limits.held_bytes);
+        let actions = host.core.handle(event, epoch + now);
+        let held = host.core.held_bytes();
         if let Some(at) = host.core.next_tick() {
-            let at = at.saturating_sub(EPOCH_MS + host.skew).max(now + 1);
+            let at = at.saturating_sub(epoch).max(now + 1);
             if host.armed.is_none_or(|armed| armed <= now || at < armed) {
                 host.armed = Some(at);
                 self.timer(at - now, Actor::Invoker(number), Timer::Core);
             }
         }
+        if held > limit {
+            self.checker.fail("I6", None, format!("i{number} holds {held} bytes of {limit}"));
+        }
         for action in actions {
-            let Some(host) = self.invokers.get_mut(&number) else { return };
-            match &mut host.dies_after {
-                Some(0) => {
-                    self.note(|| format!("i{number} dies before {action:?}").chars().take(120).collect());
-                    return self.invoker_dies(number);
-                }
-                Some(left) => *left -= 1,
-                None => {}
-            }
             self.perform(number, action);
         }
     }
 
+    fn step(&mut self, number: u32, steps: Vec<Step>) {
+        let me = Actor::Invoker(number);
+        for step in steps {
+            match step {
+                Step::Take { partition, epoch, own } => {
+                    let nonce = self.rng.random();
+                    let remote = self.remote(me);
+                    self.spawn(me, async move {
+                        let (id, at) = (format!("i{number}"), (partition, epoch));
+                        let taken = take_over(&remote, &remote.registry(), &id, at, own, nonce).await;
+                        Done::Took(partition, epoch, taken)
+                    });
+                }
+                Step::Tell(event) => self.tell(number, event),
+                Step::Pull(partition) => self.pull(number, partition),
+                Step::Release(partition, consumer) => {
+                    // Sent after the acknowledgements on the same connection.
+                    let remote = self.remote(me);
+                    self.spawn(me, async move {
+                        let _ = remote.ask(Ask::DeleteConsumer(partition, consumer)).await;
+                        Done::Nothing
+                    });
+                }
+                Step::ReadPlacement => {
+                    let delay = self.rng.random_range(75..150);
+                    self.read_placement(number, delay);
+                }
+            }
+        }
+    }
+
+    fn read_placement(&mut self, number: u32, delay: Millis) {
+        let me = Actor::Invoker(number);
+        let remote = self.remote(me);
+        self.spawn(me, async move {
+            if delay > 0 {
+                remote.sleep(delay).await;
+            }
+            let placement = remote.registry().get::<Placement>(PLACEMENT_KEY).await.ok();
+            Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
+        });
+    }
+
     fn perform(&mut self, number: u32, action: Action) {
         let me = Actor::Invoker(number);
+        let remote = self.remote(me);
         match action {
             Action::Acknowledge(partition, sequence) => self.acknowledge(number, partition, sequence),
-            Action::LookUp(key) => self.send(me, Actor::Broker, Body::LookUp(key)),
-            Action::ReadHead(key) => self.send(me, Actor::Store, Body::ReadHead(key)),
-            Action::Fold(id, plan) => {
-                let result = self.fold(&plan);
-                let delay = self.rng.random_range(0..5);
-                self.local(delay, me, Body::Folded(id, result));
-            }
+            Action::LookUp(key) => self.look_up(number, key),
+            Action::ReadHead(key) => self.spawn(me, async move {
+                let result = remote.store().fetch_head(key.0, key.1).await;
+                Done::Core(CoreEvent::Head(key, result))
+            }),
+            Action::Fold(id, plan) => self.fold(number, id, plan),
             Action::Commit(id, commit, state) => {
                 if self.mutated(Mutation::AcknowledgeBeforeCommit) {
-                    let frames = self.broker.pending_of(commit.shard, commit.ledger.round);
-                    for (partition, sequence) in frames {
+                    for (partition, sequence) in self.queued_for(&commit) {
                         self.acknowledge(number, partition, sequence);
                     }
                 }
-                if self.mutated(Mutation::PublishBeforeCommit) {
+                if self.mutated(Mutation::PublishBeforeCommit)
+                    && let Some(record) = self.record_of_life(commit.job)
+                {
                     let head = commit.expect.next(&commit.ledger, commit.function, checksum(&[&state]));
                     let (job, shard, ledger) = (commit.job, commit.shard, commit.ledger.clone());
-                    let parameters = self.job.record.layout.len(shard) * 4;
+                    let parameters = record.layout.len(shard) * 4;
                     let header = ResultHeader { job, shard, head, ledger };
                     let bytes = frame::seal(Kind::Result, &header, &state[..parameters]);
-                    self.send(me, Actor::Broker, Body::PublishResult(bytes));
+                    self.send(me, Actor::Broker, Body::Result(record.spec.key, bytes));
                 }
-                self.send(me, Actor::Store, Body::Commit(id, Box::new(commit), state));
+                self.spawn(me, async move {
+                    let result = remote.store().commit(commit, state).await;
+                    Done::Core(CoreEvent::Committed(id, result))
+                });
+                if self.strands.is_some() {
+                    // Once the commit is on its way.
+                    self.timer(1, me, Timer::Cut);
+                }
             }
-            Action::Publish(_, header, values) => {
+            Action::Publish(key, header, values) => {
                 let bytes = frame::seal(Kind::Result, &header, &values);
-                self.send(me, Actor::Broker, Body::PublishResult(bytes));
+                self.send(me, Actor::Broker, Body::Result(key, bytes));
+                let Some(host) = self.invokers.get(&number) else { return };
+                let partition = thalweg_protocol::partition_of(header.job, header.shard, self.partitions);
+                if host.core.is_careful_partition(partition) {
+                    self.spawn(me, async move {
+                        let _ = clear_suspect(&remote.registry(), partition).await;
+                        Done::Nothing
+                    });
+                }
             }
-            Action::Republish(_, key) => {
-                let delay = self.rng.random_range(0..5);
-                self.local(delay, me, Body::Republish(key));
+            Action::Republish(key, shard) => self.spawn(me, async move {
+                let state = remote.store().fetch(shard.0, shard.1, false).await.ok();
+                Done::Republish(key, shard, state)
+            }),
+            Action::Reject(key, rank, reject) => {
+                let bytes = frame::seal(Kind::Reject, &reject, &[]);
+                self.send(me, Actor::Broker, Body::Reject(key, rank, bytes));
             }
-            Action::Reject(_, rank, reject) => self.send(me, Actor::Broker, Body::Reject(rank, reject)),
-            Action::DeadLetter { error, .. } => self.checker.fail("I2", format!("a dead letter: {error}")),
-            Action::FailJob(_, _, error) => self.checker.fail("L1", format!("the job fails: {error}")),
+            Action::DeadLetter { partition, sequence, error, frame, .. } => {
+                if !self.is_poison(&frame) {
+                    self.checker.fail("I2", None, format!("a dead letter: {error}"));
+                }
+                self.spawn(me, async move {
+                    let stored = remote.ask(Ask::DeadLetter(frame)).await;
+                    let stored = matches!(stored, crate::calls::Answer::Done);
+                    Done::DeadLetter(partition, sequence, stored)
+                });
+            }
+            Action::FailJob(key, incarnation, error) => self.spawn(me, async move {
+                match Job::fail(&remote.registry(), &key, incarnation, error).await {
+                    Ok(job) => Done::Core(CoreEvent::Job(key, job)),
+                    Err(_) => Done::Core(CoreEvent::LookUpFailed(key)),
+                }
+            }),
         }
+    }
+
+    /// Contributions in the queues to the round that a commit closes.
+    fn queued_for(&self, commit: &Commit) -> Vec<(Partition, u64)> {
+        let wanted = |bytes| {
+            Self::contribution(bytes).is_some_and(|header| {
+                (header.job, header.shard, header.round) == (commit.job, commit.shard, commit.ledger.round)
+            })
+        };
+        let messages = self.broker.messages().filter(|(_, _, message)| wanted(&message.frame));
+        messages.map(|(partition, sequence, _)| (partition, sequence)).collect()
+    }
+
+    fn look_up(&mut self, number: u32, key: JobKey) {
+        let me = Actor::Invoker(number);
+        let remote = self.remote(me);
+        self.spawn(me, async move {
+            Done::Core(match Job::read(&remote.registry(), &key).await {
+                Ok(job) => CoreEvent::Job(key, job),
+                Err(_) => CoreEvent::LookUpFailed(key),
+            })
+        });
+    }
+
+    fn fold(&mut self, number: u32, id: u64, mut plan: Plan) {
+        let me = Actor::Invoker(number);
+        let poisoned = |input: &thalweg_invoker::core::Input| {
+            let member = plan.job.roster.of_round(plan.round).find(|member| member.rank == input.rank);
+            member.is_some_and(|member| self.poison == Some((member.incarnation, plan.round, plan.shard)))
+        };
+        if plan.inputs.iter().any(poisoned) {
+            if self.mutated(Mutation::SuspectNotRecorded) {
+                plan.careful = false;
+            }
+            if !plan.careful {
+                self.note(|| format!("i{number} dies of poison"));
+                return self.doom(me);
+            }
+            // Otherwise it dies when the record that names the poison is written: see `World::answered`.
+        }
+        if self.mutated(Mutation::FoldInAnyOrder) {
+            let mut values: Vec<_> = plan.inputs.iter().map(|input| input.values.clone()).collect();
+            let all = values.iter().all(Option::is_some);
+            if all {
+                values.shuffle(&mut self.rng);
+                plan.inputs.iter_mut().zip(values).for_each(|(input, values)| input.values = values);
+            }
+        }
+        let Some(host) = self.invokers.get(&number) else { return };
+        let held = host.holdings.get(plan.partition);
+        let (stream_created, suspect) =
+            held.map_or((0, None), |held| (held.stream_created, held.suspect.clone()));
+        let remote = self.remote(me);
+        let delay = self.rng.random_range(0..6);
+        self.spawn(me, async move {
+            if delay > 2 {
+                remote.sleep(delay).await;
+            }
+            let (store, registry, invoker) = (remote.store(), remote.registry(), format!("i{number}"));
+            let context = FoldContext {
+                store: &store,
+                queues: &remote,
+                registry: &registry,
+                invoker: &invoker,
+                stream_created,
+                suspect,
+            };
+            let result = fold(&context, &plan).await;
+            Done::Core(CoreEvent::Folded(id, result))
+        });
     }
 
     fn acknowledge(&mut self, number: u32, partition: Partition, sequence: u64) {
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = host.slots.get_mut(&partition) else { return };
-        if held.replies.remove(&sequence) {
-            let consumer = held.consumer.clone();
+        let Some(consumer) = host.holdings.get(partition).map(|held| held.consumer.clone()) else { return };
+        if host.holdings.reply(partition, sequence).is_some() {
             let body = Body::Acknowledge { partition, consumer, sequence };
             self.send(Actor::Invoker(number), Actor::Broker, body);
         }
     }
 
-    fn fold(&mut self, plan: &Plan) -> Result<Bytes, FoldError> {
-        let function = plan.job.function(plan.round).clone();
-        let elements = plan.job.record.layout.len(plan.shard);
-        let state = if function.kind() == FunctionKind::Optimizer || plan.inputs.is_empty() {
-            let state = self.store.fetch(plan.shard, true);
-            let state = state.map_err(|error| FoldError::Unavailable(error.to_string()))?;
-            if state.head != plan.expect {
-                return Err(FoldError::Moved);
-            }
-            state.values
-        } else {
-            Bytes::new()
-        };
-        let mut inputs = Vec::new();
-        for input in &plan.inputs {
-            let values = match &input.values {
-                Some(values) => values.clone(),
-                None if !self.broker_up => {
-                    return Err(FoldError::Unavailable("the broker is down".to_owned()));
-                }
-                None => {
-                    let message = self.broker.get(plan.partition, input.sequence);
-                    let same = message.filter(|message| checksum(&[&message.frame]) == input.checksum);
-                    let Some(message) = same else { return Err(FoldError::ParkedGone(input.rank)) };
-                    let opened = frame::open::<GradientHeader>(Kind::Gradient, &message.frame);
-                    opened.map_err(|_| FoldError::ParkedGone(input.rank))?.1
-                }
-            };
-            inputs.push((input.rank, input.weight, values));
-        }
-        if self.mutated(Mutation::FoldInAnyOrder) {
-            let mut values: Vec<_> = inputs.iter().map(|(_, _, values)| values.clone()).collect();
-            values.shuffle(&mut self.rng);
-            inputs.iter_mut().zip(values).for_each(|(input, values)| input.2 = values);
-        }
-        let mut fold = function.begin(ShardContext { elements, groups: &[] }, &state);
-        for (rank, weight, values) in &inputs {
-            fold.accept(Contribution { rank: *rank, weight: *weight, values });
-        }
-        let mut out = Vec::new();
-        fold.finish(&mut out);
-        Ok(out.into())
-    }
-
     pub(crate) fn invoker_hears(&mut self, number: u32, body: Body) {
-        let me = Actor::Invoker(number);
         match body {
-            Body::Placement(placement) => self.follow(number, &placement),
-            Body::Job(key, job) => self.tell(number, CoreEvent::Job(key, job)),
-            Body::LookUpFailed(key) => self.tell(number, CoreEvent::LookUpFailed(key)),
-            Body::HeadRead(key, result) => self.tell(number, CoreEvent::Head(key, result)),
-            Body::Folded(id, result) => self.tell(number, CoreEvent::Folded(id, result)),
-            Body::Committed(id, result) => self.tell(number, CoreEvent::Committed(id, result)),
-            Body::Republish(key) => {
-                if let Ok(state) = self.store.fetch(key.1, false) {
-                    let header =
-                        ResultHeader { job: key.0, shard: key.1, head: state.head, ledger: state.ledger };
-                    let bytes = frame::seal(Kind::Result, &header, &state.values);
-                    self.send(me, Actor::Broker, Body::PublishResult(bytes));
-                }
-            }
-            Body::Listed { partition, epoch, consumers, stream } => {
-                self.listed(number, partition, epoch, consumers, stream);
-            }
-            Body::Deleted { partition, epoch } => {
-                if let Some(name) = self.taking(number, partition, epoch) {
-                    self.send(me, Actor::Broker, Body::Create { partition, epoch, name });
-                }
-            }
-            Body::Created { partition, epoch, name } => self.created(number, partition, epoch, name),
-            Body::TakeoverFailed { partition, epoch } => {
-                if self.taking(number, partition, epoch).is_some() {
-                    // The next reading of the placement finds it missing and takes it again.
-                    self.slots(number).remove(&partition);
-                    self.send(me, Actor::Broker, Body::ReadPlacement);
-                }
-            }
+            Body::Deliver(message) => self.delivered(number, *message),
             Body::ConsumerGone { partition, consumer } => {
-                let ours = matches!(self.slots(number).get(&partition),
-                    Some(Slot::Held(held)) if held.consumer == consumer);
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                let ours = host.holdings.pulled(partition).is_some_and(|held| held.consumer == consumer);
                 if ours {
-                    self.retake(number, partition);
+                    let steps = host.holdings.retake(partition, "the consumer is gone");
+                    self.step(number, steps);
                 }
             }
-            Body::Deliver { partition, consumer, consumer_sequence, message } => {
-                let now = self.now;
-                let Some(Slot::Held(held) | Slot::Leaving(held, _)) = self.slots(number).get_mut(&partition)
-                else {
-                    return;
-                };
-                if held.consumer != consumer {
-                    return;
+            Body::Hint(key) => {
+                let mut tokens = key.split('.');
+                match (tokens.next(), tokens.next(), tokens.next()) {
+                    (Some("placement"), ..) => self.read_placement(number, 0),
+                    (Some("job" | "roster"), Some(tenant), Some(job)) => {
+                        if let (Ok(tenant), Ok(job)) = (tenant.parse(), job.parse()) {
+                            let key = JobKey { tenant, job };
+                            if self.invokers.get(&number).is_some_and(|host| host.core.knows(&key)) {
+                                self.look_up(number, key);
+                            }
+                        }
+                    }
+                    _ => {}
                 }
-                held.credit = held.credit.saturating_sub(1);
-                held.heard = now;
-                let in_order = held.next_delivery == consumer_sequence;
-                held.next_delivery = consumer_sequence + 1;
-                held.replies.insert(message.sequence);
-                if !in_order {
-                    return self.retake(number, partition);
-                }
-                let delivery = Delivery {
-                    partition,
-                    sequence: message.sequence,
-                    published: EPOCH_MS + message.published,
-                    subject: message.subject.clone(),
-                    frame: message.frame.clone(),
-                };
-                self.tell(number, CoreEvent::Delivered(delivery));
-                self.pull(number, partition);
             }
             other => unreachable!("not for an invoker: {other:?}"),
         }
-        self.finish_leaving(number);
+        self.settle(number);
     }
 
-    fn slots(&mut self, number: u32) -> &mut BTreeMap<Partition, Slot> {
-        match self.invokers.get_mut(&number) {
-            Some(host) => &mut host.slots,
-            None => &mut self.nobody,
-        }
-    }
-
-    /// The consumer's name of a takeover under way.
-    fn taking(&mut self, number: u32, partition: Partition, epoch: Epoch) -> Option<String> {
-        match self.slots(number).get(&partition)? {
-            Slot::Taking { epoch: wanted, name, .. } if *wanted == epoch => Some(name.clone()),
-            _ => None,
-        }
-    }
-
-    fn follow(&mut self, number: u32, placement: &Placement) {
-        for (partition, placed) in (0..).zip(&placement.partitions) {
-            let ours = placed.holder == Some(Self::id(number));
-            let newer = |epoch: &Epoch| *epoch < placed.epoch;
-            match self.slots(number).get(&partition) {
-                None if ours => self.take(number, partition, placed.epoch, None),
-                Some(Slot::Taking { epoch, .. }) if ours && newer(epoch) => {
-                    self.take(number, partition, placed.epoch, None);
-                }
-                Some(Slot::Held(held)) if ours && newer(&held.epoch) => {
-                    self.take(number, partition, placed.epoch, None);
-                }
-                Some(Slot::Held(held)) if !ours && newer(&held.epoch) => self.leave(number, partition),
-                Some(Slot::Taking { epoch, .. }) if !ours && newer(epoch) => {
-                    self.slots(number).remove(&partition);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn take(&mut self, number: u32, partition: Partition, epoch: Epoch, own: Option<String>) {
-        let name = subjects::consumer(epoch, self.rng.random());
-        self.slots(number).insert(partition, Slot::Taking { epoch, own, found: None, name });
-        self.send(Actor::Invoker(number), Actor::Broker, Body::List(partition, epoch));
-    }
-
-    fn listed(
-        &mut self,
-        number: u32,
-        partition: Partition,
-        epoch: Epoch,
-        consumers: Vec<(String, usize)>,
-        stream: StreamState,
-    ) {
-        let kept = self.mutated(Mutation::ConsumerKept);
-        let Some(Slot::Taking { epoch: wanted, own, found, name }) = self.slots(number).get_mut(&partition)
-        else {
-            return;
-        };
-        if *wanted != epoch {
-            return;
-        }
-        if consumers.iter().any(|(name, _)| subjects::consumer_epoch(name) > epoch) {
-            self.slots(number).remove(&partition);
-            return;
-        }
-        let unclean = consumers.iter().any(|(name, pending)| *pending > 0 && own.as_ref() != Some(name));
-        *found = Some((unclean, stream));
-        let me = Actor::Invoker(number);
-        match consumers.into_iter().next() {
-            Some((there, _)) if kept => {
-                name.clone_from(&there);
-                self.send(me, Actor::Broker, Body::Create { partition, epoch, name: there });
-            }
-            Some((there, _)) => self.send(me, Actor::Broker, Body::Delete { partition, epoch, name: there }),
-            None => {
-                let name = name.clone();
-                self.send(me, Actor::Broker, Body::Create { partition, epoch, name });
-            }
-        }
-    }
-
-    fn created(&mut self, number: u32, partition: Partition, epoch: Epoch, name: String) {
+    fn delivered(&mut self, number: u32, message: Delivered) {
         let now = self.now;
-        let Some(Slot::Taking { epoch: wanted, found, name: ours, .. }) = self.slots(number).get(&partition)
-        else {
-            return;
-        };
-        let (true, Some((unclean, stream))) = (*wanted == epoch && *ours == name, *found) else { return };
-        let replies = BTreeSet::new();
-        let held = Holding { epoch, consumer: name, next_delivery: 1, credit: 0, heard: now, replies };
-        self.slots(number).insert(partition, Slot::Held(held));
-        let careful_until = (unclean && stream.messages > 0).then_some(stream.last_sequence);
-        self.tell(number, CoreEvent::Held { partition, careful_until, poison: None });
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let Delivered { partition, consumer, consumer_sequence, sequence, published, subject, frame } =
+            message;
+        let reply = Some("reply".into());
+        let told = host.holdings.delivered(partition, &consumer, (consumer_sequence, sequence), reply, now);
+        match told {
+            Told::Ours => {}
+            Told::NotOurs => return,
+            Told::Gap(steps) => return self.step(number, steps),
+        }
+        let Some(frame) = self.changed_on_the_way(number, partition, sequence, frame) else { return };
+        let delivery = Delivery { partition, sequence, published: EPOCH_MS + published, subject, frame };
+        self.tell(number, CoreEvent::Delivered(delivery));
         self.pull(number, partition);
     }
 
+    /// Bugs in what an invoker makes of a message.
+    fn changed_on_the_way(
+        &mut self,
+        number: u32,
+        partition: Partition,
+        sequence: u64,
+        bytes: bytes::Bytes,
+    ) -> Option<bytes::Bytes> {
+        let ignored = self.mutated(Mutation::IncarnationIgnored);
+        let without_void = self.mutated(Mutation::RejectWithoutVoid);
+        if !ignored && !without_void {
+            return Some(bytes);
+        }
+        let Ok((mut header, payload)) = frame::open::<GradientHeader>(Kind::Gradient, &bytes) else {
+            return Some(bytes);
+        };
+        let Some(record) = self.record_of_life(header.job) else { return Some(bytes) };
+        if ignored {
+            let roster = self.checker.newest_roster(header.job);
+            let member = roster
+                .and_then(|roster| roster.of_round(header.round).find(|member| member.rank == header.rank));
+            if let Some(member) = member {
+                header.worker = member.incarnation;
+                return Some(frame::seal(Kind::Gradient, &header, &payload));
+            }
+        }
+        let non_finite =
+            payload.as_chunks::<4>().0.iter().any(|bytes| !f32::from_le_bytes(*bytes).is_finite());
+        if without_void && non_finite && record.spec.non_finite == NonFinite::Void {
+            self.acknowledge(number, partition, sequence);
+            self.pull(number, partition);
+            return None;
+        }
+        Some(bytes)
+    }
+
     fn pull(&mut self, number: u32, partition: Partition) {
-        if let Some(Slot::Held(held)) = self.slots(number).get_mut(&partition)
-            && held.credit <= BATCH / 2
-        {
-            held.credit += BATCH;
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let Some(held) = host.holdings.pulled(partition) else { return };
+        if let Some(batch) = held.credit(BATCH) {
             let consumer = held.consumer.clone();
-            let body = Body::Pull { partition, consumer, batch: BATCH };
-            self.send(Actor::Invoker(number), Actor::Broker, body);
+            self.send(Actor::Invoker(number), Actor::Broker, Body::Pull { partition, consumer, batch });
         }
     }
 
-    fn retake(&mut self, number: u32, partition: Partition) {
-        match self.slots(number).get(&partition) {
-            Some(Slot::Held(held)) => {
-                let (epoch, own) = (held.epoch, Some(held.consumer.clone()));
-                self.tell(number, CoreEvent::Lost(partition));
-                self.take(number, partition, epoch, own);
+    pub(crate) fn invoker_done(&mut self, number: u32, done: Done) {
+        let now = self.now;
+        match done {
+            Done::Core(event) => self.tell(number, event),
+            Done::Took(partition, epoch, taken) => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                let steps = match taken {
+                    Ok(thalweg_invoker::Takeover::HigherEpoch(theirs)) => {
+                        let taken = Ok(thalweg_invoker::Takeover::HigherEpoch(theirs));
+                        host.holdings.took(partition, epoch, taken, now)
+                    }
+                    taken => host.holdings.took(partition, epoch, taken, now),
+                };
+                self.step(number, steps);
             }
-            Some(Slot::Leaving(..)) => {
-                self.slots(number).remove(&partition);
-                self.tell(number, CoreEvent::Lost(partition));
+            Done::Placement(Some(placement)) => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                let steps = host.holdings.follow(&placement, now);
+                host.placement = placement;
+                self.step(number, steps);
             }
+            Done::Republish(key, shard, Some(state)) => {
+                let header =
+                    ResultHeader { job: shard.0, shard: shard.1, head: state.head, ledger: state.ledger };
+                let bytes = frame::seal(Kind::Result, &header, &state.values);
+                self.send(Actor::Invoker(number), Actor::Broker, Body::Result(key, bytes));
+            }
+            Done::DeadLetter(partition, sequence, true) => self.acknowledge(number, partition, sequence),
             _ => {}
         }
+        self.settle(number);
     }
 
     pub(crate) fn invoker_reconnected(&mut self, number: u32) {
-        if !self.mutated(Mutation::NoRetakeAfterReconnect) {
-            let partitions: Vec<_> = self.slots(number).keys().copied().collect();
-            partitions.into_iter().for_each(|partition| self.retake(number, partition));
+        if !self.mutated(Mutation::NeverRetaken) {
+            let Some(host) = self.invokers.get_mut(&number) else { return };
+            let steps = host.holdings.reconnected();
+            self.step(number, steps);
         }
-        self.send(Actor::Invoker(number), Actor::Broker, Body::ReadPlacement);
+        self.read_placement(number, 0);
     }
 
-    fn leave(&mut self, number: u32, partition: Partition) {
-        let until = self.now + DRAIN_MS / 2;
-        if let Some(Slot::Held(held)) = self.slots(number).remove(&partition) {
-            self.slots(number).insert(partition, Slot::Leaving(held, until));
-            self.tell(number, CoreEvent::Drain(partition));
-        }
-    }
-
-    fn finish_leaving(&mut self, number: u32) {
+    /// Gives up what is ready for it, and ends when told to and done.
+    fn settle(&mut self, number: u32) {
         let now = self.now;
-        let Some(host) = self.invokers.get(&number) else { return };
-        let over = host.drain_until.is_some_and(|until| now >= until);
-        let done: Vec<_> = (host.slots.iter())
-            .filter(|(partition, slot)| match slot {
-                Slot::Leaving(_, until) => host.core.is_quiet(**partition) || now > *until,
-                _ => over,
-            })
-            .map(|(partition, _)| *partition)
-            .collect();
-        for partition in done {
-            let slot = self.slots(number).remove(&partition);
-            self.tell(number, CoreEvent::Lost(partition));
-            if let Some(Slot::Held(held) | Slot::Leaving(held, _)) = slot {
-                let body = Body::Release { partition, name: held.consumer };
-                self.send(Actor::Invoker(number), Actor::Broker, body);
-            }
-        }
-        let ends = self
-            .invokers
-            .get(&number)
-            .is_some_and(|host| host.drain_until.is_some() && host.slots.is_empty());
-        if ends {
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let core = &host.core;
+        let steps = host.holdings.settle(|partition| core.is_quiet(partition), now);
+        self.step(number, steps);
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        if host.holdings.is_drained() && !host.ending {
+            host.ending = true;
             self.invoker_beats(number);
-            self.later(100, Event::End(number));
+            let life = self.life(Actor::Invoker(number));
+            self.later(100, Event::End(Actor::Invoker(number), life));
         }
     }
 
     /// It is told to stop.
     pub(crate) fn invoker_stops(&mut self, number: u32) {
-        let until = self.now + DRAIN_MS;
-        match self.invokers.get_mut(&number) {
-            Some(host) => {
-                host.drain_until.get_or_insert(until);
-                self.invoker_beats(number);
-                self.timer(DRAIN_MS, Actor::Invoker(number), Timer::Refresh);
-            }
-            // It was about to be started.
-            None => self.stillborn.push(number),
+        let now = self.now;
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        if !host.draining {
+            host.draining = true;
+            host.holdings.drain(now);
+            self.timer(DRAIN_MS, Actor::Invoker(number), Timer::Core);
+            self.invoker_beats(number);
+            self.settle(number);
         }
     }
 
-    pub(crate) fn invoker_beats(&mut self, number: u32) {
+    fn invoker_beats(&mut self, number: u32) {
         let Some(host) = self.invokers.get(&number) else { return };
-        let held = host.slots.iter().filter_map(|(partition, slot)| match slot {
-            Slot::Held(held) | Slot::Leaving(held, _) => Some((*partition, held.epoch)),
-            Slot::Taking { .. } => None,
-        });
         let beat = InvokerBeat {
-            invoker: Self::id(number),
-            state: if host.drain_until.is_some() { InvokerState::Draining } else { InvokerState::Ready },
-            partitions: held.collect(),
+            invoker: format!("i{number}"),
+            state: if host.draining { InvokerState::Draining } else { InvokerState::Ready },
+            partitions: host.holdings.held(),
             service_bytes_per_s: 0.0,
             busy: 0.5,
             held_messages: host.core.held_messages() as u64,
             held_bytes: host.core.held_bytes() as u64,
             cpu_quota: 1.0,
         };
-        self.send(Actor::Invoker(number), Actor::Autoscaler, Body::Beat(beat));
+        self.send(Actor::Invoker(number), Actor::Broker, Body::Beat(beat));
     }
 
-    pub(crate) fn invoker_refreshes(&mut self, number: u32) {
+    pub(crate) fn invoker_ticks(&mut self, number: u32, timer: Timer) {
         let me = Actor::Invoker(number);
-        self.send(me, Actor::Broker, Body::ReadPlacement);
-        let (now, listening) = (self.now, self.broker_up && self.links.get(&me).is_some_and(|link| link.up));
-        let mut silent = Vec::new();
-        let consumers: Vec<_> = (0..self.job.record.partitions)
-            .map(|partition| {
-                self.broker.list(partition).and_then(|(consumers, _)| consumers.into_iter().next())
-            })
-            .collect();
-        for (partition, slot) in self.slots(number).iter_mut() {
-            let Slot::Held(held) = slot else { continue };
-            let there =
-                consumers[usize::from(*partition)].as_ref().is_some_and(|(name, _)| *name == held.consumer);
-            if listening && there {
-                // Heartbeats of the pull request.
-                held.heard = now;
-            } else if now > held.heard + SILENCE_MS {
-                silent.push(*partition);
+        let now = self.now;
+        match timer {
+            Timer::Beat => {
+                self.timer(BEAT_MS, me, Timer::Beat);
+                self.invoker_beats(number);
+            }
+            Timer::Refresh => {
+                self.timer(REFRESH_MS, me, Timer::Refresh);
+                self.read_placement(number, 0);
+                self.show_pulls_alive(number);
+                let silence = !self.mutated(Mutation::NeverRetaken);
+                let Some(host) = self.invokers.get_mut(&number).filter(|_| silence) else { return };
+                let steps = host.holdings.check_silence(now);
+                self.step(number, steps);
+            }
+            Timer::Cut => self.strand(number),
+            Timer::Jobs => {
+                self.timer(JOB_REFRESH_MS, me, Timer::Jobs);
+                let Some(host) = self.invokers.get(&number) else { return };
+                let active: Vec<_> = host.core.active_jobs().cloned().collect();
+                active.into_iter().for_each(|key| self.look_up(number, key));
+            }
+            _ => {
+                if let Some(host) = self.invokers.get_mut(&number) {
+                    host.armed = None;
+                }
+                self.tell(number, CoreEvent::Tick);
             }
         }
-        silent.into_iter().for_each(|partition| self.retake(number, partition));
-        self.finish_leaving(number);
+        self.settle(number);
     }
 
-    pub(crate) fn invoker_ticks(&mut self, number: u32) {
-        if let Some(host) = self.invokers.get_mut(&number) {
-            host.armed = None;
+    /// Heartbeats of pull requests, without a message for each.
+    fn show_pulls_alive(&mut self, number: u32) {
+        let me = Actor::Invoker(number);
+        let (now, epoch, listening) = (self.now, self.epoch(me), self.is_connected(me));
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let partitions: Vec<_> = host.holdings.partitions().collect();
+        for partition in partitions {
+            let Some(held) = host.holdings.pulled(partition) else { continue };
+            let consumer = held.consumer.clone();
+            if listening && self.broker.is_pulled(partition, &consumer, (me, epoch)) {
+                held.alive(now);
+            }
         }
-        self.tell(number, CoreEvent::Tick);
-        self.finish_leaving(number);
-    }
-
-    /// Its process is gone.
-    pub(crate) fn invoker_dies(&mut self, number: u32) {
-        if self.invokers.remove(&number).is_some() {
-            self.links.remove(&Actor::Invoker(number));
-            self.autoscaler.ended.push(Self::id(number));
-        }
-    }
-}
-
-impl World {
-    /// Which invoker pulls for a consumer.
-    pub(crate) fn holder_of(&self, partition: Partition, consumer: &str) -> Option<u32> {
-        let holds = |host: &Host| {
-            matches!(host.slots.get(&partition),
-                Some(Slot::Held(held) | Slot::Leaving(held, _)) if held.consumer == consumer)
-        };
-        self.invokers.iter().find(|(_, host)| holds(host)).map(|(number, _)| *number)
     }
 }

@@ -1,52 +1,76 @@
 //! Bugs to re-introduce on purpose, so that it is known that the simulation would find them.
 
-/// One deliberate bug in the shells around the state machines, or in what they rely on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use clap::ValueEnum;
+
+/// One deliberate bug, in the shells around the state machines, in what they rely on, or in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mutation {
     /// Contributions are acknowledged when their commit is sent, not when it has returned (rule P1).
     AcknowledgeBeforeCommit,
     /// The result is published when its commit is sent (rule P1).
     PublishBeforeCommit,
+    /// The disk says that it has synced and has not: commits return before their level (rule P2).
+    SyncSkipped,
     /// The store takes a commit whatever head it expects: no compare-and-swap (rule P1).
     CommitOnAnyHead,
-    /// A taker keeps the consumer that is there instead of replacing it (rule P15).
-    ConsumerKept,
-    /// After a reconnect partitions are not taken over again (rule P15).
-    NoRetakeAfterReconnect,
-    /// Contributions are folded as they are at hand, not in rank order (rule P6).
-    FoldInAnyOrder,
-    /// Workers never ask the store where their shards stand (rule P10).
-    NeverAsk,
-    /// Workers are not told by the store what they missed: a fetch is never answered (rule P10).
-    NeverFetch,
+    /// A commit that is there already is answered with an error instead of `AlreadyCommitted` (rule P5).
+    AlreadyCommittedForgotten,
     /// The ledger leaves out a contribution that was folded (I1).
     RankForgotten,
+    /// The ledger is kept in memory, not with the values: a restart of the store forgets it (rule P23).
+    LedgerOutsideCommit,
+    /// A commit overwrites the last durable copy of its shard (rule P22).
+    DurableSlotOverwritten,
+    /// A read copies half of a shard before and half after the next commit (rule P26).
+    SlotReusedUnderReader,
+    /// The checksum of a slot is not looked at (rule P23).
+    TornSlotTrusted,
+    /// After a power loss the store believes that the machine has not been off (rule P27).
+    PowerLossUnnoticed,
+    /// A taker keeps the consumer that is there instead of replacing it (rule P15).
+    ConsumerKept,
+    /// Consumers of one partition always have the same name, so late acknowledgements hit whichever is there
+    /// (rule P15).
+    ConsumerNameReused,
+    /// A placement with another holder keeps the epoch (rule P14).
+    EpochNotRaised,
+    /// Neither after a reconnect nor after a long silence are partitions taken over again (rule P15).
+    NeverRetaken,
+    /// Nobody writes down which contribution is tried after an unclean takeover (rule P18).
+    SuspectNotRecorded,
+    /// Contributions are folded as they are at hand, not in rank order (rule P6).
+    FoldInAnyOrder,
+    /// A contribution of a worker's former life is taken for one of its present life (rule P3).
+    IncarnationIgnored,
+    /// A contribution that is rejected leaves its round instead of staying as a void (rule P8).
+    RejectWithoutVoid,
+    /// Workers never ask the store where their shards stand (rule P10).
+    NeverAsk,
+    /// Workers are not told by the store what they missed (rule P10).
+    NeverFetch,
+    /// A stream that was recreated looks like the old one, and nothing is sent again because of its age (rules
+    /// P10, P16).
+    RecreationUnnoticed,
+    /// No fence stands before a newcomer's first round (rule P4).
+    FenceForgotten,
+    /// Rounds that nobody is left to complete are not closed (rule P11).
+    DesertedNotLevelled,
+    /// Workers expire while nobody could hear them (rule P21).
+    LeaseExpiredThroughOutage,
+    /// Every worker is granted the whole budget (rule P20).
+    WindowNotReserved,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 9] = [
-        Self::AcknowledgeBeforeCommit,
-        Self::PublishBeforeCommit,
-        Self::CommitOnAnyHead,
-        Self::ConsumerKept,
-        Self::NoRetakeAfterReconnect,
-        Self::FoldInAnyOrder,
-        Self::NeverAsk,
-        Self::NeverFetch,
-        Self::RankForgotten,
-    ];
+    #[must_use]
+    pub fn all() -> &'static [Self] {
+        Self::value_variants()
+    }
 
     /// Its name on the command line.
     #[must_use]
     pub fn name(self) -> String {
-        let mut name = String::new();
-        for letter in format!("{self:?}").chars() {
-            if letter.is_uppercase() && !name.is_empty() {
-                name.push('-');
-            }
-            name.extend(letter.to_lowercase());
-        }
-        name
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 }

@@ -1,21 +1,14 @@
-//! What travels between actors, how connections are lost, and what then becomes of it.
+//! What travels between actors.
 //!
-//! A connection is a TCP stream to the broker: it loses nothing while it lives. When it breaks, what was on
-//! its way is lost or not, what its owner sends meanwhile waits in the client and goes out when the
-//! connection is back, and requests without an answer time out.
-
-use std::sync::Arc;
+//! A connection is a TCP stream to the broker: it loses nothing while it lives, and keeps the order of what is
+//! sent to the broker; what comes from the broker keeps its order by kind of message only. When a connection
+//! breaks, what was on its way is lost or not, what its owner sends meanwhile waits in the client and goes out
+//! when the connection is back, and requests without an answer time out.
 
 use bytes::Bytes;
-use thalweg_invoker::{
-    Job,
-    core::{FoldError, InvocationId, ShardKey},
-};
-use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, Head, InvokerBeat, JobKey, Ledger, Partition, Placement, Rank, Reject,
-    Round, ShardIndex,
-};
-use thalweg_store::{ShardState, StoreError};
+use thalweg_protocol::{InvokerBeat, JobKey, Partition, Rank};
+
+use crate::calls::{Answer, Ask, CallId};
 
 /// Milliseconds of virtual time.
 pub(crate) type Millis = u64;
@@ -25,137 +18,189 @@ pub(crate) type Millis = u64;
 pub(crate) enum Actor {
     Broker,
     Store,
-    Autoscaler,
+    Gateway(u32),
+    Autoscaler(u32),
     Worker(u32),
     Invoker(u32),
+    /// Deletes the jobs when all is over. Nothing ever happens to it.
+    Operator,
 }
 
 /// What is told.
 #[derive(Debug)]
 pub(crate) enum Body {
-    // Worker and broker.
-    Publish { shard: ShardIndex, round: Round, partition: Partition, rank: Rank, frame: Bytes },
-    Confirmed { shard: ShardIndex, round: Round, len: u64 },
-    Refused { shard: ShardIndex, round: Round, len: u64 },
-    Result(Bytes),
-    Reject(Rank, Reject),
-    ReadStreams(Vec<Head>),
-    Streams(Vec<Head>, Vec<i64>),
-    // Worker and store.
-    ReadHeads,
-    Heads(Vec<Head>),
-    Fetch(ShardIndex),
-    Fetched(ShardIndex, ShardState),
-    // Invoker and broker.
-    ReadPlacement,
-    Placement(Placement),
-    LookUp(JobKey),
-    Job(JobKey, Option<Arc<Job>>),
-    LookUpFailed(JobKey),
-    List(Partition, Epoch),
-    Listed { partition: Partition, epoch: Epoch, consumers: Vec<(String, usize)>, stream: StreamState },
-    Delete { partition: Partition, epoch: Epoch, name: String },
-    Deleted { partition: Partition, epoch: Epoch },
-    Create { partition: Partition, epoch: Epoch, name: String },
-    Created { partition: Partition, epoch: Epoch, name: String },
-    TakeoverFailed { partition: Partition, epoch: Epoch },
-    Release { partition: Partition, name: String },
-    Pull { partition: Partition, consumer: String, batch: u64 },
-    ConsumerGone { partition: Partition, consumer: String },
-    Deliver { partition: Partition, consumer: String, consumer_sequence: u64, message: Arc<Queued> },
-    Acknowledge { partition: Partition, consumer: String, sequence: u64 },
-    PublishResult(Bytes),
+    Ask(CallId, Ask),
+    Answer(CallId, Answer),
+    /// To a gateway: answer this frame to whoever asked. A heartbeat goes to all of them.
+    Request {
+        from: Actor,
+        id: CallId,
+        frame: Bytes,
+        beat: bool,
+    },
+    /// Somebody wrote this key.
+    Hint(String),
     Beat(InvokerBeat),
-    // Invoker and store.
-    ReadHead(ShardKey),
-    HeadRead(ShardKey, Result<(Head, Ledger), StoreError>),
-    Commit(InvocationId, Box<Commit>, Bytes),
-    Committed(InvocationId, Result<CommitOutcome, StoreError>),
-    // Within an invoker.
-    Folded(InvocationId, Result<Bytes, FoldError>),
-    Republish(ShardKey),
+    Pull {
+        partition: Partition,
+        consumer: String,
+        batch: u64,
+    },
+    ConsumerGone {
+        partition: Partition,
+        consumer: String,
+    },
+    Deliver(Box<Delivered>),
+    Acknowledge {
+        partition: Partition,
+        consumer: String,
+        sequence: u64,
+    },
+    Result(JobKey, Bytes),
+    Reject(JobKey, Rank, Bytes),
 }
 
-/// A stream at one moment.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StreamState {
-    pub(crate) messages: usize,
-    pub(crate) last_sequence: u64,
-}
-
-/// A message in a work queue.
+/// A message of a work queue on its way to whoever pulled.
 #[derive(Debug)]
-pub(crate) struct Queued {
+pub(crate) struct Delivered {
+    pub(crate) partition: Partition,
+    pub(crate) consumer: String,
+    pub(crate) consumer_sequence: u64,
     pub(crate) sequence: u64,
     pub(crate) published: Millis,
     pub(crate) subject: String,
     pub(crate) frame: Bytes,
 }
 
-/// Who hears that a message was lost, and what.
-pub(crate) enum Loss {
-    Nobody,
-    Sender(Body),
-    Receiver(Body),
-}
-
 impl Body {
-    /// What a time-out tells whoever waits for an answer.
-    pub(crate) fn loss(&self) -> Loss {
-        let unavailable = || StoreError::Unavailable("no answer in time".to_owned());
+    /// Messages of one class from the broker keep their order.
+    pub(crate) fn class(&self) -> u8 {
         match self {
-            Self::Publish { shard, round, frame, .. } => {
-                Loss::Sender(Self::Refused { shard: *shard, round: *round, len: frame.len() as u64 })
-            }
-            Self::Confirmed { shard, round, len } | Self::Refused { shard, round, len } => {
-                Loss::Receiver(Self::Refused { shard: *shard, round: *round, len: *len })
-            }
-            Self::LookUp(key) => Loss::Sender(Self::LookUpFailed(key.clone())),
-            Self::Job(key, _) | Self::LookUpFailed(key) => Loss::Receiver(Self::LookUpFailed(key.clone())),
-            Self::List(partition, epoch)
-            | Self::Delete { partition, epoch, .. }
-            | Self::Create { partition, epoch, .. } => {
-                Loss::Sender(Self::TakeoverFailed { partition: *partition, epoch: *epoch })
-            }
-            Self::Listed { partition, epoch, .. }
-            | Self::Deleted { partition, epoch }
-            | Self::TakeoverFailed { partition, epoch }
-            | Self::Created { partition, epoch, .. } => {
-                Loss::Receiver(Self::TakeoverFailed { partition: *partition, epoch: *epoch })
-            }
-            Self::ReadHead(key) => Loss::Sender(Self::HeadRead(*key, Err(unavailable()))),
-            Self::HeadRead(key, _) => Loss::Receiver(Self::HeadRead(*key, Err(unavailable()))),
-            Self::Commit(id, _, _) => Loss::Sender(Self::Committed(*id, Err(unavailable()))),
-            Self::Committed(id, _) => Loss::Receiver(Self::Committed(*id, Err(unavailable()))),
-            _ => Loss::Nobody,
+            Self::Answer(..) | Self::Ask(..) | Self::Request { .. } => 0,
+            Self::Hint(_) => 1,
+            Self::Beat(_) => 2,
+            Self::Deliver(_) | Self::Pull { .. } | Self::ConsumerGone { .. } | Self::Acknowledge { .. } => 3,
+            Self::Result(..) => 4,
+            Self::Reject(..) => 5,
         }
     }
 
-    /// In short, for a trace.
+    /// Whether it says nothing that a reader of a history would miss.
+    pub(crate) fn is_noise(&self) -> bool {
+        match self {
+            Self::Beat(_) | Self::Pull { .. } | Self::Hint(_) | Self::Request { beat: true, .. } => true,
+            Self::Ask(_, ask) => matches!(
+                ask,
+                Ask::Beat(_) | Ask::Entry(_) | Ask::Depths | Ask::Ensure | Ask::Keys | Ask::Sleep(_)
+            ),
+            Self::Answer(_, answer) => !matches!(
+                answer,
+                Answer::Lost | Answer::Refused(_) | Answer::Written(Err(_)) | Answer::Purged(Err(_))
+            ),
+            _ => false,
+        }
+    }
+
+    /// In short, for a history.
     pub(crate) fn short(&self) -> String {
         let text = match self {
-            Self::Publish { shard, round, rank, .. } => {
-                format!("publish rank {rank} shard {shard} round {round}")
+            Self::Ask(id, ask) => format!("#{id} asks {}", describe_ask(ask)),
+            Self::Answer(id, answer) => format!("#{id} answered {}", describe_answer(answer)),
+            Self::Request { from, id, frame, beat } => {
+                format!("request #{id} of {from:?}, {} bytes, beat={beat}", frame.len())
             }
-            Self::Result(_) => "result".to_owned(),
-            Self::PublishResult(_) => "publish result".to_owned(),
-            Self::Deliver { partition, consumer_sequence, message, .. } => {
-                format!("deliver p{partition} #{} ({consumer_sequence})", message.sequence)
-            }
-            Self::Commit(id, commit, _) => {
-                format!("commit {id} shard {} round {}", commit.shard, commit.ledger.round)
-            }
-            Self::Folded(id, result) => format!("folded {id} ok={}", result.is_ok()),
-            Self::Fetched(shard, state) => format!("fetched shard {shard} version {}", state.head.version),
-            Self::Job(..) => "job".to_owned(),
-            Self::Placement(placement) => format!(
-                "placement {:?}",
-                placement.partitions.iter().map(|placed| (placed.epoch, &placed.holder)).collect::<Vec<_>>()
+            Self::Deliver(message) => format!(
+                "deliver p{} #{} ({} of {}): {}",
+                message.partition,
+                message.sequence,
+                message.consumer_sequence,
+                message.consumer,
+                describe_contribution(&message.frame)
             ),
-            Self::Streams(..) => "streams".to_owned(),
-            Self::ReadStreams(_) => "read streams".to_owned(),
+            Self::Result(_, frame) => format!("result {}", describe_result(frame)),
+            Self::Reject(_, rank, frame) => format!("reject to rank {rank}: {}", describe_reject(frame)),
             other => format!("{other:?}"),
         };
-        text.chars().take(160).collect()
+        text.chars().take(200).collect()
+    }
+}
+
+fn describe_contribution(frame: &Bytes) -> String {
+    use thalweg_protocol::{GradientHeader, Kind, frame};
+    match frame::open::<GradientHeader>(Kind::Gradient, frame) {
+        Ok((header, _)) => format!(
+            "rank {} shard {} round {} roster {}{}",
+            header.rank,
+            header.shard,
+            header.round,
+            header.roster_epoch,
+            if header.void { " void" } else { "" }
+        ),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn describe_result(frame: &Bytes) -> String {
+    use thalweg_protocol::{Kind, ResultHeader, frame};
+    match frame::open::<ResultHeader>(Kind::Result, frame) {
+        Ok((header, _)) => format!(
+            "shard {} version {} roster {} counted {:?} void {:?}",
+            header.shard,
+            header.head.version,
+            header.ledger.roster_epoch,
+            header.ledger.counted,
+            header.ledger.void
+        ),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn describe_reject(frame: &Bytes) -> String {
+    use thalweg_protocol::{Kind, Reject, frame};
+    match frame::open::<Reject>(Kind::Reject, frame) {
+        Ok((reject, _)) => format!("{:?} {}", reject.at, reject.error),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn describe_ask(ask: &Ask) -> String {
+    use thalweg_protocol::{ApiRequest, Kind, StoreRequest, frame};
+    match ask {
+        Ask::Update(key, value, expect) => format!("to write {key} at {expect}, {} bytes", value.len()),
+        Ask::Publish(partition, _, frame) => {
+            format!("to publish to p{partition}: {}", describe_contribution(frame))
+        }
+        Ask::Store(frame) => match frame::open::<StoreRequest>(Kind::StoreRequest, frame) {
+            Ok((StoreRequest::Commit(commit), _)) => format!(
+                "to commit shard {} round {} roster {} counted {:?} void {:?} on version {}",
+                commit.shard,
+                commit.ledger.round,
+                commit.ledger.roster_epoch,
+                commit.ledger.counted,
+                commit.ledger.void,
+                commit.expect.version
+            ),
+            Ok((request, _)) => format!("the store {request:?}"),
+            Err(error) => error.to_string(),
+        },
+        Ask::Api(frame) => match frame::open::<ApiRequest>(Kind::ApiRequest, frame) {
+            Ok((request, _)) => format!("a gateway {request:?}"),
+            Err(error) => error.to_string(),
+        },
+        other => format!("{other:?}"),
+    }
+}
+
+fn describe_answer(answer: &Answer) -> String {
+    use thalweg_protocol::{Kind, StoreReply, frame};
+    match answer {
+        Answer::Frame(bytes) => match frame::open::<StoreReply>(Kind::StoreReply, bytes) {
+            Ok((reply, _)) => format!("{reply:?}"),
+            Err(_) => format!("{} bytes", bytes.len()),
+        },
+        Answer::Entry(value, revision) => {
+            format!("{} bytes at revision {revision}", value.as_ref().map_or(0, Bytes::len))
+        }
+        other => format!("{other:?}"),
     }
 }

@@ -1,277 +1,439 @@
-//! The world: virtual time, connections, faults, and what becomes of a message.
+//! The world: virtual time, processes with their connections and tasks, and what becomes of a message.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Arc, atomic::AtomicU32},
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
     time::Instant,
 };
 
+use bytes::Bytes;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
-use thalweg_invoker::{Job, core::Limits};
-use thalweg_protocol::{
-    Durability, FunctionSpec, Incarnation, Init, JobKey, JobRecord, JobSpec, JobState, Layout, Member, Mode,
-    NonFinite, Partition, Roster, Round, SettingsRevision, StoreId, StoreJob, TensorSpec, subjects,
+use thalweg_broker::{LeaseKeeper, Revision};
+use thalweg_invoker::{
+    Takeover, TakeoverError,
+    core::{Event as CoreEvent, Limits, ShardKey},
 };
-use thalweg_sdk::engine::{Engine, Timing};
+use thalweg_protocol::{
+    ApiReply, Epoch, GradientHeader, Head, Incarnation, JobKey, JobSpec, Kind, Ledger, Partition, Placement,
+    Roster, Round, ShardIndex, StoreId, WireError, frame,
+};
+use thalweg_store::ShardState;
 
 use crate::{
-    Mutation, Violation, autoscaler,
+    Mutation, Options, Report, autoscaler,
     broker::Broker,
+    calls::{CallId, Remote},
     check::Checker,
-    invoker,
-    network::{Actor, Body, Loss, Millis},
+    gateway, invoker,
+    network::{Actor, Body, Millis},
+    scenario::Scenario,
     store, worker,
 };
-
-/// What to play.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Everything is drawn from it.
-    pub seed: u64,
-    /// A bug to re-introduce.
-    pub mutation: Option<Mutation>,
-    /// Keep the last lines of the history.
-    pub trace: bool,
-}
-
-/// How a seed ended.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// The seed.
-    pub seed: u64,
-    /// Events handled.
-    pub steps: u64,
-    /// Virtual time passed, milliseconds.
-    pub virtual_ms: u64,
-    /// Faults that struck.
-    pub faults: u64,
-    /// The first invariant that did not hold.
-    pub violation: Option<Violation>,
-    /// The end of the history, where it was asked for.
-    pub trace: Vec<String>,
-}
 
 /// What happens at some time.
 pub(crate) enum Event {
     Message {
         from: (Actor, u32),
         to: (Actor, u32),
+        /// Through the store's own door, past the broker.
+        direct: bool,
         body: Body,
     },
     /// Within a process: dies with it, but not with its connection.
     Local(Actor, u32, Body),
     Timer(Actor, u32, Timer),
-    Fault,
+    Fault(u32),
+    /// The broker is killed for so long: the second half of a fault.
+    KillBroker(Millis),
     Reconnect(Actor, u32),
     Start(Actor),
-    End(u32),
+    End(Actor, u32),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Timer {
     Tick,
     Core,
     Beat,
     Refresh,
+    Jobs,
+    Renew,
+    Sweep,
     Flush,
+    Wake,
+    Stop,
+    Cut,
 }
 
-/// An actor's connection to the broker.
-#[derive(Default)]
-pub(crate) struct Link {
-    pub(crate) up: bool,
-    /// Grows whenever it breaks.
-    epoch: u32,
-    /// Of its process; grows whenever that starts.
+/// End of a task.
+pub(crate) enum Done {
+    Nothing,
+    // Of a worker.
+    Joined(Box<Result<worker::Joined, WireError>>),
+    Left,
+    Published(ShardIndex, Round, u64, bool),
+    Asked(Result<(Vec<Head>, Vec<i64>), WireError>),
+    Fetched(ShardIndex, Result<(Head, Ledger, Bytes), WireError>),
+    Beaten(Option<ApiReply>),
+    // Of a gateway; of an autoscaler too.
+    Replied(Actor, CallId, Option<Bytes>),
+    Renewed(LeaseKeeper, bool),
+    // Of an autoscaler.
+    Observed(Option<Box<autoscaler::Observed>>),
+    Placed(Option<(Placement, Revision)>),
+    // Of an invoker.
+    Core(CoreEvent),
+    Took(Partition, Epoch, Result<Takeover, TakeoverError>),
+    Placement(Option<Placement>),
+    Republish(JobKey, ShardKey, Option<ShardState>),
+    DeadLetter(Partition, u64, bool),
+    // Of the store.
+    Announced(bool),
+    // Of the operator.
+    Deleted,
+}
+
+type Task = Pin<Box<dyn Future<Output = Done>>>;
+
+/// A process: its connection to the broker, and what it waits for.
+struct Process {
+    /// Tells it from those before it.
     life: u32,
+    up: bool,
+    /// Grows whenever the connection breaks.
+    epoch: u32,
     /// What the client sends once it is connected again.
     outbox: Vec<(Actor, Body)>,
+    remote: Remote,
+    tasks: Vec<Task>,
+    frozen_until: Millis,
+    /// Its way to the broker is cut until then.
+    cut_until: Millis,
+    /// Dies after so many more messages.
+    dies_after: Option<u32>,
 }
 
 pub(crate) struct World {
     pub(crate) rng: StdRng,
+    /// Faults are drawn from numbers of their own, so that one can be left out without changing the others.
+    pub(crate) fault_rng: StdRng,
+    seed: u64,
     pub(crate) now: Millis,
     pub(crate) start: Instant,
+    pub(crate) clock: Arc<AtomicU64>,
     order: u64,
     queue: BTreeMap<(Millis, u64), Event>,
-    /// When the last message between two will arrive: connections keep the order.
-    last: BTreeMap<(Actor, Actor), Millis>,
-    pub(crate) job: Arc<Job>,
-    pub(crate) rounds: Round,
-    mutation: Option<Mutation>,
-    pub(crate) links: BTreeMap<Actor, Link>,
+    /// When the last message between two will arrive.
+    last: BTreeMap<(Actor, Actor, u8), Millis>,
+    processes: BTreeMap<Actor, Process>,
+    /// Processes with tasks to look at.
+    awake: BTreeSet<Actor>,
+    doomed: BTreeSet<Actor>,
     lives: u32,
-    pub(crate) broker: Broker,
+    call_ids: Arc<AtomicU64>,
+    mutation: Option<Mutation>,
+
+    pub(crate) partitions: Partition,
+    pub(crate) files: bool,
+    direct: bool,
+    pub(crate) lease_ms: Millis,
+    pub(crate) window_budget: u64,
+    pub(crate) window_divisor: u64,
+    pub(crate) most_invokers: usize,
+    pub(crate) limits: Limits,
+    pub(crate) most_skew: Millis,
+    pub(crate) specs: Vec<JobSpec>,
+    pub(crate) rounds: Round,
+
+    pub(crate) broker: Broker<(Actor, u32)>,
     pub(crate) broker_up: bool,
+    broker_life: u32,
+    pub(crate) refuses_until: Millis,
+    /// The next invoker that commits is cut off for so long; the broker is killed after so long, for so long.
+    pub(crate) strands: Option<(Millis, (Millis, Millis))>,
     pub(crate) store: store::Host,
-    store_up: bool,
+    pub(crate) store_serves: bool,
+    /// Half of a read, for [`Mutation::SlotReusedUnderReader`].
+    pub(crate) half_read: BTreeMap<CallId, Bytes>,
+    /// Where shards stood when the store was started.
+    pub(crate) restarted_at: BTreeMap<(Incarnation, ShardIndex), u64>,
     pub(crate) workers: Vec<worker::Host>,
+    pub(crate) gateways: BTreeMap<u32, gateway::Host>,
+    pub(crate) autoscalers: BTreeMap<u32, autoscaler::Host>,
     pub(crate) invokers: BTreeMap<u32, invoker::Host>,
-    pub(crate) nobody: BTreeMap<Partition, invoker::Slot>,
-    pub(crate) stillborn: Vec<u32>,
-    pub(crate) autoscaler: autoscaler::Host,
-    limits: Limits,
-    most_skew: Millis,
+    pub(crate) invoker_ids: Arc<AtomicU32>,
+    /// Which autoscaler is starting an invoker.
+    pub(crate) starters: BTreeMap<u32, u32>,
+    pub(crate) incarnations: Arc<dyn Fn() -> Incarnation + Send + Sync>,
+    pub(crate) poison: Option<(Incarnation, Round, ShardIndex)>,
+    /// Windows that workers were told.
+    pub(crate) windows: BTreeMap<Incarnation, u64>,
     pub(crate) checker: Checker,
-    faults_until: Millis,
-    faults: u64,
+    pub(crate) faults_until: Millis,
+    pub(crate) faults: u32,
+    skip: BTreeSet<u32>,
+    pub(crate) struck: Vec<(u32, Millis, String)>,
+    deleting: Option<bool>,
     steps: u64,
-    trace: Option<VecDeque<String>>,
+    trace: Option<Vec<String>>,
 }
 
 /// Time-out of a request.
-const TIMEOUT_MS: Millis = 300;
-/// Virtual time after the last fault in which every round must end: a resend is due after 30 s.
-const PATIENCE_MS: Millis = 90_000;
-const TRACE_LINES: usize = 400;
-
-/// Plays one seed.
-///
-/// # Errors
-/// When the simulation itself cannot run.
-pub fn run(options: &Options) -> anyhow::Result<Report> {
-    let mut world = World::new(options)?;
-    world.play()?;
-    Ok(Report {
-        seed: options.seed,
-        steps: world.steps,
-        virtual_ms: world.now,
-        faults: world.faults,
-        violation: world.checker.violation,
-        trace: world.trace.into_iter().flatten().collect(),
-    })
-}
-
-fn job(rng: &mut StdRng) -> anyhow::Result<Job> {
-    let (workers, shards) = (rng.random_range(1..=4_u32), rng.random_range(1..=4_u64));
-    let elements = 4;
-    let function = match rng.random_range(0..3) {
-        0 => FunctionSpec::named("sum"),
-        1 => FunctionSpec::named("mean"),
-        _ => FunctionSpec::named("sgd").number("lr", 0.05).number("momentum", 0.9),
-    };
-    let quorum = (workers > 1 && rng.random_bool(0.4)).then(|| rng.random_range(1..workers));
-    let spec = JobSpec {
-        key: JobKey { tenant: "t".parse()?, job: "j".parse()? },
-        tensors: vec![TensorSpec::f32("a", vec![shards * u64::from(elements)])],
-        function: function.clone(),
-        mode: Mode::Sync,
-        workers,
-        quorum,
-        deadline_ms: rng.random_range(20..500),
-        durability: Durability::Process,
-        non_finite: NonFinite::Propagate,
-        init: Init::Zeros,
-        shard_bytes: elements * 4,
-        max_members: 16,
-    };
-    let incarnation = store::incarnation(rng);
-    let members = (0..workers).map(|rank| Member {
-        rank,
-        worker: format!("w{rank}"),
-        incarnation: Incarnation(rng.random()),
-        from_round: 1,
-        until_round: None,
-    });
-    let roster = Roster { job: incarnation, epoch: 1, started: true, members: members.collect() };
-    let record = JobRecord {
-        incarnation,
-        layout: Layout { elements: shards * u64::from(elements), shard_elements: elements },
-        slots: u32::try_from(thalweg_functions::resolve(&function)?.slots())?,
-        store: StoreId([0; 16]),
-        partitions: rng.random_range(1..=4),
-        state: JobState::Running,
-        settings: vec![SettingsRevision { revision: 0, from_round: 0, function }],
-        spec,
-    };
-    Ok(Job::new(record, roster)?)
-}
+pub(crate) const TIMEOUT_MS: Millis = 600;
+/// Virtual time after the last fault in which everything must come to its end.
+const PATIENCE_MS: Millis = 60_000;
+/// Lines of history that are kept.
+const TRACE_LINES: usize = 20_000;
 
 impl World {
-    fn new(options: &Options) -> anyhow::Result<Self> {
+    pub(crate) fn new(options: &Options) -> anyhow::Result<Self> {
         let mut rng = StdRng::seed_from_u64(options.seed);
-        let job = Arc::new(job(&mut rng)?);
-        let record = &job.record;
-        let store_job = StoreJob {
-            key: record.spec.key.clone(),
-            incarnation: record.incarnation,
-            layout: record.layout,
-            slots: record.slots,
-            durability: record.spec.durability,
-            max_members: record.spec.max_members,
-            init: record.spec.init,
-        };
-        let store = store::Host::new(store_job, rng.random_bool(0.5))?;
-        let heads = store.heads()?;
-        let mut checker = Checker::default();
-        for shard in 0..record.layout.shards() {
-            let state = store.fetch(shard, true)?;
-            checker.begin(shard, state.head, state.values);
+        let Scenario {
+            specs,
+            rounds,
+            partitions,
+            files,
+            direct,
+            window_budget,
+            window_divisor,
+            most_invokers,
+            limits,
+            most_skew,
+            faults_until,
+            gateways,
+            autoscalers,
+        } = Scenario::draw(&mut rng)?;
+        let rounds = options.rounds.unwrap_or(rounds);
+        let ids = Mutex::new(StdRng::seed_from_u64(options.seed ^ 0x1d));
+        let incarnations = move || Incarnation(ids.lock().unwrap_or_else(PoisonError::into_inner).random());
+        let store = store::Host::new(StoreId([7; 16]), options.seed)?;
+        if options.mutation == Some(Mutation::SyncSkipped) {
+            store.ignore_syncs();
         }
-        let start = Instant::now();
-        let model_bytes = record.layout.elements * 4 + u64::from(record.layout.shards()) * 256;
-        let workers = job.roster.members.iter().map(|member| {
-            let identity = (record.incarnation, member.incarnation, member.rank);
-            let mut engine = Engine::new(Timing::default(), identity, heads.clone(), 1, model_bytes, start);
-            let window = if rng.random_bool(0.5) { u64::MAX } else { rng.random_range(0..model_bytes) };
-            engine.window(window, 1, start);
-            worker::Host::new(member.incarnation, engine)
-        });
-        let workers: Vec<_> = workers.collect();
-        let most = rng.random_range(1..=3);
-        let held = rng.random_range(1..=6) * 16;
-        let limits = Limits { held_bytes: held, invocations: rng.random_range(1..=4), idle_shards: 64 };
-        let partitions = record.partitions;
-        let most_skew = rng.random_range(0..200);
-        let faults_until = rng.random_range(500..6000);
         let mut world = Self {
+            fault_rng: StdRng::seed_from_u64(options.seed ^ 0xfa17),
+            seed: options.seed,
             now: 0,
-            start,
+            start: Instant::now(),
+            clock: Arc::default(),
             order: 0,
             queue: BTreeMap::new(),
             last: BTreeMap::new(),
-            rounds: rng.random_range(3..=12),
-            mutation: options.mutation,
-            links: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            awake: BTreeSet::new(),
+            doomed: BTreeSet::new(),
             lives: 0,
-            broker: Broker::new(partitions),
-            broker_up: true,
-            store,
-            store_up: true,
-            workers,
-            invokers: BTreeMap::new(),
-            nobody: BTreeMap::new(),
-            stillborn: Vec::new(),
-            autoscaler: autoscaler::Host::new(most, partitions, Arc::new(AtomicU32::new(0)), 0),
+            call_ids: Arc::default(),
+            mutation: options.mutation,
+            partitions,
+            files,
+            direct,
+            lease_ms: 2000,
+            window_budget,
+            window_divisor,
+            most_invokers,
             limits,
             most_skew,
-            checker,
+            rounds,
+            broker: Broker::new(partitions, files),
+            broker_up: true,
+            broker_life: 0,
+            refuses_until: 0,
+            strands: None,
+            store,
+            store_serves: false,
+            half_read: BTreeMap::new(),
+            restarted_at: BTreeMap::new(),
+            workers: Vec::new(),
+            gateways: BTreeMap::new(),
+            autoscalers: BTreeMap::new(),
+            invokers: BTreeMap::new(),
+            invoker_ids: Arc::default(),
+            starters: BTreeMap::new(),
+            incarnations: Arc::new(incarnations),
+            poison: None,
+            windows: BTreeMap::new(),
+            checker: Checker::default(),
             faults_until,
             faults: 0,
+            skip: options.skip.iter().copied().collect(),
+            struck: Vec::new(),
+            deleting: None,
             steps: 0,
-            trace: options.trace.then(VecDeque::new),
-            job,
+            trace: options.trace.then(Vec::new),
+            specs,
             rng,
         };
-        let ranks: Vec<_> = (0..world.workers.len()).filter_map(|rank| u32::try_from(rank).ok()).collect();
-        world.born(Actor::Store);
-        world.born(Actor::Autoscaler);
-        world.timer(1, Actor::Autoscaler, Timer::Tick);
-        world.timer(50, Actor::Store, Timer::Flush);
-        for rank in ranks {
-            world.born(Actor::Worker(rank));
-            let delay = world.rng.random_range(1..300);
-            world.timer(delay, Actor::Worker(rank), Timer::Tick);
+        for (job, spec) in world.specs.iter().enumerate() {
+            world.workers.extend((0..spec.workers).map(|rank| worker::Host {
+                job,
+                rank,
+                life: Incarnation([0; 16]),
+                state: worker::State::Away { returns: true },
+                own_fault_until: 0,
+            }));
         }
-        let first = world.rng.random_range(10..300);
-        world.later(first, Event::Fault);
+        // In any order.
+        let workers = u32::try_from(world.workers.len()).unwrap_or(0);
+        let all = [Actor::Store].into_iter();
+        let all = all.chain((0..gateways).map(Actor::Gateway)).chain((0..autoscalers).map(Actor::Autoscaler));
+        for actor in all.chain((0..workers).map(Actor::Worker)).collect::<Vec<_>>() {
+            let delay = world.rng.random_range(0..400);
+            world.later(delay, Event::Start(actor));
+        }
+        let first = world.fault_rng.random_range(10..500);
+        world.later(first, Event::Fault(0));
         Ok(world)
     }
 
-    fn born(&mut self, actor: Actor) {
-        self.lives += 1;
-        let link = Link { up: self.broker_up, epoch: self.lives, life: self.lives, outbox: Vec::new() };
-        self.links.insert(actor, link);
+    /// Plays to the end.
+    pub(crate) fn play(mut self) -> anyhow::Result<Report> {
+        // What is planted in the store belongs to this thread, and to this run.
+        crate::plant(self.mutation);
+        let ended = self.play_on();
+        crate::plant(None);
+        ended?;
+        Ok(Report {
+            seed: self.seed,
+            steps: self.steps,
+            virtual_ms: self.now,
+            faults: self.struck,
+            rounds: self.rounds,
+            violation: self.checker.violation,
+            trace: self.trace.unwrap_or_default(),
+        })
+    }
+
+    fn play_on(&mut self) -> anyhow::Result<()> {
+        while self.checker.violation.is_none() {
+            let Some(((at, order), event)) = self.queue.pop_first() else { break };
+            self.now = at;
+            self.clock.store(at, Ordering::Relaxed);
+            if let Some(until) = self.frozen_until(&event) {
+                // Until then it waits in the socket, in its old order.
+                self.queue.insert((until, order), event);
+                continue;
+            }
+            self.steps += 1;
+            self.happen(event)?;
+            self.follow_up()?;
+            if self.now > self.faults_until && self.is_over()? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs tasks that may go on, and buries the doomed.
+    fn follow_up(&mut self) -> anyhow::Result<()> {
+        loop {
+            if let Some(actor) = self.doomed.pop_first() {
+                self.note(|| format!("{actor:?} dies"));
+                self.dies(actor);
+            } else if let Some(actor) = self.awake.pop_first() {
+                self.run_tasks(actor)?;
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    fn frozen_until(&self, event: &Event) -> Option<Millis> {
+        let actor = match event {
+            Event::Message { to: (actor, _), .. }
+            | Event::Local(actor, ..)
+            | Event::Timer(actor, ..)
+            | Event::End(actor, _) => actor,
+            _ => return None,
+        };
+        let until = self.processes.get(actor)?.frozen_until;
+        (until > self.now).then_some(until)
+    }
+
+    /// Whether all is done; a violation when that takes too long.
+    fn is_over(&mut self) -> anyhow::Result<bool> {
+        let finished = |host: &worker::Host| {
+            matches!(host.state, worker::State::Done | worker::State::Away { returns: false })
+        };
+        let finished = self.workers.iter().all(finished);
+        // A gateway that was frozen may answer an old request to open a job after its deletion.
+        let again =
+            self.deleting == Some(true) && self.broker.keys().iter().any(|key| key.starts_with("job."));
+        if finished && (self.deleting.is_none() || again) {
+            self.deleting = Some(false);
+            self.operator_deletes();
+            self.follow_up()?;
+        }
+        let left = self.leftovers()?;
+        if finished && self.deleting == Some(true) && left.is_none() {
+            return Ok(true);
+        }
+        if self.now > self.faults_until + PATIENCE_MS {
+            let invariant = if finished { "L2" } else { "L1" };
+            let text = format!(
+                "{} s after the last fault: {}; {}",
+                PATIENCE_MS / 1000,
+                self.unfinished(),
+                left.unwrap_or_default()
+            );
+            self.checker.fail(invariant, None, text);
+        }
+        Ok(false)
+    }
+
+    /// What is left of anything, if something is.
+    fn leftovers(&self) -> anyhow::Result<Option<String>> {
+        match self.broker.depths() {
+            Ok(depths) if depths.iter().all(|depth| depth.messages == 0) => {}
+            Ok(depths) => {
+                let counts: Vec<_> = depths.iter().map(|depth| depth.messages).collect();
+                return Ok(Some(format!("messages in the queues: {counts:?}")));
+            }
+            Err(error) => return Ok(Some(error.to_string())),
+        }
+        // Those whose autoscaler has died are nobody's to stop.
+        let owned: Vec<_> = (self.invokers.iter())
+            .filter(|(_, host)| self.autoscalers.contains_key(&host.starter))
+            .map(|(number, _)| number)
+            .collect();
+        if !owned.is_empty() {
+            return Ok(Some(format!("invokers: {owned:?}")));
+        }
+        let expected = |key: &String| {
+            ["placement", "streams", "store"].contains(&key.as_str())
+                || key.starts_with("lease.")
+                || key.starts_with("suspect.")
+        };
+        let keys: Vec<_> = self.broker.keys().into_iter().filter(|key| !expected(key)).collect();
+        if !keys.is_empty() {
+            return Ok(Some(format!("keys in the registry: {keys:?}")));
+        }
+        let slabs = self.store.slabs()?;
+        if !slabs.is_empty() {
+            return Ok(Some(format!("slabs in the store: {slabs:?}")));
+        }
+        let granted: u64 =
+            (self.gateways.values().filter(|host| host.leads)).map(|host| host.gateway.granted_bytes()).sum();
+        Ok((granted > 0).then(|| format!("{granted} bytes of windows granted to nobody")))
+    }
+
+    fn unfinished(&self) -> String {
+        let workers: Vec<_> = (self.workers.iter())
+            .map(|host| match &host.state {
+                worker::State::Away { returns } => format!("away, returns: {returns}"),
+                worker::State::Joining => "joining".to_owned(),
+                worker::State::Training(training) => format!("in round {}", training.engine.round()),
+                worker::State::Leaving => "leaving".to_owned(),
+                worker::State::Done => "done".to_owned(),
+            })
+            .collect();
+        format!("workers {workers:?} of {} rounds, shards at {:?}", self.rounds, self.checker.progress())
     }
 
     pub(crate) fn mutated(&self, mutation: Mutation) -> bool {
@@ -279,11 +441,10 @@ impl World {
     }
 
     pub(crate) fn note(&mut self, line: impl FnOnce() -> String) {
-        if let Some(trace) = &mut self.trace {
-            trace.push_back(format!("{:>7} {}", self.now, line()));
-            if trace.len() > TRACE_LINES {
-                trace.pop_front();
-            }
+        if let Some(trace) = &mut self.trace
+            && trace.len() < TRACE_LINES
+        {
+            trace.push(format!("{:>6} ms  {}", self.now, line()));
         }
     }
 
@@ -296,12 +457,27 @@ impl World {
         self.queue.insert((at, self.order), event);
     }
 
-    fn life(&self, actor: Actor) -> u32 {
-        self.links.get(&actor).map_or(0, |link| link.life)
+    pub(crate) fn life(&self, actor: Actor) -> u32 {
+        self.processes.get(&actor).map_or(0, |process| process.life)
     }
 
-    fn epoch(&self, actor: Actor) -> u32 {
-        self.links.get(&actor).map_or(0, |link| link.epoch)
+    pub(crate) fn epoch(&self, actor: Actor) -> u32 {
+        match actor {
+            Actor::Broker => self.broker_life,
+            actor => self.processes.get(&actor).map_or(0, |process| process.epoch),
+        }
+    }
+
+    pub(crate) fn is_connected(&self, actor: Actor) -> bool {
+        self.broker_up && self.processes.get(&actor).is_some_and(|process| process.up)
+    }
+
+    pub(crate) fn actors(&self) -> Vec<Actor> {
+        self.processes.keys().copied().filter(|actor| *actor != Actor::Operator).collect()
+    }
+
+    pub(crate) fn is_frozen(&self, actor: Actor) -> bool {
+        self.processes.get(&actor).is_some_and(|process| process.frozen_until > self.now)
     }
 
     pub(crate) fn timer(&mut self, delay: Millis, actor: Actor, timer: Timer) {
@@ -314,393 +490,417 @@ impl World {
         self.later(delay, Event::Local(actor, life, body));
     }
 
+    /// A process begins.
+    pub(crate) fn born(&mut self, actor: Actor) {
+        self.lives += 1;
+        let process = Process {
+            life: self.lives,
+            up: self.broker_up,
+            epoch: self.lives,
+            outbox: Vec::new(),
+            remote: Remote::new(self.call_ids.clone()),
+            tasks: Vec::new(),
+            frozen_until: 0,
+            cut_until: 0,
+            dies_after: None,
+        };
+        self.processes.insert(actor, process);
+    }
+
+    /// A process is gone.
+    pub(crate) fn end(&mut self, actor: Actor) {
+        self.processes.remove(&actor);
+        self.broker.disconnected(|(puller, _)| *puller == actor);
+        match actor {
+            Actor::Invoker(number) => {
+                if let Some(host) = self.invokers.remove(&number)
+                    && let Some(starter) = self.autoscalers.get_mut(&host.starter)
+                {
+                    starter.ended.push(format!("i{number}"));
+                }
+            }
+            Actor::Gateway(number) => drop(self.gateways.remove(&number)),
+            Actor::Autoscaler(number) => drop(self.autoscalers.remove(&number)),
+            Actor::Worker(index) => drop(self.windows.remove(&self.workers[index as usize].life)),
+            Actor::Store => self.store_serves = false,
+            Actor::Broker | Actor::Operator => {}
+        }
+    }
+
+    /// It will die as soon as this event is over, and is not heard any more.
+    pub(crate) fn doom(&mut self, actor: Actor) {
+        self.doomed.insert(actor);
+    }
+
+    pub(crate) fn dies_after(&mut self, actor: Actor, messages: u32) {
+        if let Some(process) = self.processes.get_mut(&actor) {
+            process.dies_after = Some(messages);
+        }
+    }
+
+    pub(crate) fn freeze(&mut self, actor: Actor, until: Millis) {
+        if let Some(process) = self.processes.get_mut(&actor) {
+            process.frozen_until = until;
+        }
+    }
+
+    pub(crate) fn disconnect(&mut self, actor: Actor, for_ms: Millis) {
+        self.lives += 1;
+        let epoch = self.lives;
+        if let Some(process) = self.processes.get_mut(&actor) {
+            process.up = false;
+            process.epoch = epoch;
+            process.cut_until = self.now + for_ms;
+            self.broker.disconnected(|(puller, _)| *puller == actor);
+            self.later(for_ms, Event::Reconnect(actor, epoch));
+        }
+    }
+
+    pub(crate) fn kill_broker(&mut self, for_ms: Millis) {
+        if !self.broker_up {
+            return;
+        }
+        self.broker.restart();
+        self.broker_up = false;
+        self.broker_life += 1;
+        for process in self.processes.values_mut() {
+            process.up = false;
+            self.lives += 1;
+            process.epoch = self.lives;
+        }
+        self.later(for_ms, Event::Start(Actor::Broker));
+    }
+
+    pub(crate) fn remote(&self, actor: Actor) -> Remote {
+        match self.processes.get(&actor) {
+            Some(process) => process.remote.clone(),
+            // Of a process that is gone: nothing comes of it.
+            None => Remote::new(self.call_ids.clone()),
+        }
+    }
+
+    pub(crate) fn spawn(&mut self, actor: Actor, task: impl Future<Output = Done> + 'static) {
+        if let Some(process) = self.processes.get_mut(&actor) {
+            process.tasks.push(Box::pin(task));
+            self.awake.insert(actor);
+        }
+    }
+
+    fn run_tasks(&mut self, actor: Actor) -> anyhow::Result<()> {
+        let Some(process) = self.processes.get_mut(&actor) else { return Ok(()) };
+        let (life, remote) = (process.life, process.remote.clone());
+        let mut done = Vec::new();
+        let mut context = Context::from_waker(Waker::noop());
+        process.tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
+            Poll::Ready(end) => {
+                done.push(end);
+                false
+            }
+            Poll::Pending => true,
+        });
+        for (id, ask) in remote.take() {
+            if let crate::calls::Ask::Sleep(delay) = ask {
+                self.local(delay, actor, Body::Answer(id, crate::calls::Answer::Done));
+                continue;
+            }
+            let to = if matches!(ask, crate::calls::Ask::Store(_)) { Actor::Store } else { Actor::Broker };
+            self.send(actor, to, Body::Ask(id, ask));
+            self.local(TIMEOUT_MS, actor, Self::call_lost(id));
+        }
+        if !done.is_empty() {
+            self.awake.insert(actor);
+        }
+        for end in done {
+            if self.life(actor) != life || self.doomed.contains(&actor) {
+                break;
+            }
+            match actor {
+                Actor::Worker(index) => self.worker_done(index, end),
+                Actor::Gateway(number) => self.gateway_done(number, end),
+                Actor::Autoscaler(number) => self.autoscaler_done(number, end),
+                Actor::Invoker(number) => self.invoker_done(number, end),
+                Actor::Store => self.store_done(end)?,
+                Actor::Operator => self.deleting = Some(true),
+                Actor::Broker => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Sends a message. Where the sender is not connected, its client keeps it until it is.
     pub(crate) fn send(&mut self, from: Actor, to: Actor, body: Body) {
-        if let Some(link) = self.links.get_mut(&from)
-            && !link.up
-        {
-            link.outbox.push((to, body));
+        if self.doomed.contains(&from) {
             return;
+        }
+        let door = |one, other| matches!((one, other), (Actor::Invoker(_), Actor::Store));
+        let direct = self.direct && (door(from, to) || door(to, from));
+        if let Some(process) = self.processes.get_mut(&from) {
+            match &mut process.dies_after {
+                Some(0) => return self.doom(from),
+                Some(left) => *left -= 1,
+                None => {}
+            }
+            if !process.up && !direct {
+                process.outbox.push((to, body));
+                return;
+            }
         }
         let delay = if self.rng.random_bool(0.05) {
             self.rng.random_range(0..150)
         } else {
             self.rng.random_range(0..8)
         };
-        let last = self.last.entry((from, to)).or_default();
+        // A connection keeps the order of all that is sent on it.
+        let class = if from == Actor::Broker { body.class() } else { 0 };
+        let last = self.last.entry((from, to, class)).or_default();
         let at = (self.now + delay).max(*last);
         *last = at;
-        let message = Event::Message { from: (from, self.epoch(from)), to: (to, self.epoch(to)), body };
+        if matches!(body, Body::Hint(_)) {
+            // Nothing depends on hints, so they may come late or never.
+            match self.rng.random_range(0..10) {
+                0..5 => return,
+                5 => self.last.insert((from, to, class), at + 500).map_or((), drop),
+                _ => {}
+            }
+        }
+        let at = self.last.get(&(from, to, class)).copied().unwrap_or(at).max(at);
+        let mark = |actor| if direct { self.life(actor) } else { self.epoch(actor) };
+        let message = Event::Message { from: (from, mark(from)), to: (to, mark(to)), direct, body };
         self.at(at, message);
     }
 
-    fn play(&mut self) -> anyhow::Result<()> {
-        while self.checker.violation.is_none() {
-            let Some(((at, _), event)) = self.queue.pop_first() else { break };
-            self.now = at;
-            self.steps += 1;
-            self.happen(event)?;
-            if self.now > self.faults_until {
-                if self.workers.iter().all(|worker| worker.done) && self.is_quiet() {
-                    return Ok(());
+    fn happen(&mut self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Message { from, to, direct, body } => self.arrive(from, to, direct, body)?,
+            Event::Local(actor, life, body) => {
+                if self.life(actor) == life {
+                    self.hear(actor, actor, body)?;
                 }
-                if self.now > self.faults_until + PATIENCE_MS {
-                    let text = self.unfinished();
-                    let invariant = if self.workers.iter().all(|worker| worker.done) { "L2" } else { "L1" };
-                    self.checker.fail(invariant, text);
+            }
+            Event::Timer(actor, life, timer) => {
+                if self.life(actor) == life {
+                    self.tick(actor, timer)?;
+                }
+            }
+            Event::Fault(number) => self.fault(number)?,
+            Event::KillBroker(for_ms) => self.kill_broker(for_ms),
+            Event::Reconnect(actor, epoch) => self.reconnects(actor, epoch),
+            Event::Start(actor) => self.starts(actor)?,
+            Event::End(actor, life) => {
+                if self.life(actor) == life {
+                    self.note(|| format!("{actor:?} ends"));
+                    self.end(actor);
                 }
             }
         }
         Ok(())
     }
 
-    /// Nothing is left of anything, and nobody is there to do anything.
-    fn is_quiet(&self) -> bool {
-        self.invokers.is_empty()
-            && self.broker.depths().is_some_and(|depths| depths.iter().all(|(messages, _)| *messages == 0))
+    /// Draws the next fault, and lets this one strike unless it is left out.
+    fn fault(&mut self, number: u32) -> anyhow::Result<()> {
+        if self.now >= self.faults_until {
+            return Ok(());
+        }
+        self.faults += 1;
+        // Each has numbers of its own, so that leaving one out does not change the others.
+        self.fault_rng = StdRng::seed_from_u64(self.seed.wrapping_mul(0x9e37_79b9) ^ u64::from(number));
+        let next = self.fault_rng.random_range(20..900);
+        self.later(next, Event::Fault(number + 1));
+        if !self.skip.contains(&number) {
+            let what = self.strike()?;
+            if let Some(what) = what {
+                self.note(|| format!("FAULT {number}: {what}"));
+                self.struck.push((number, self.now, what));
+            }
+        }
+        Ok(())
     }
 
-    fn unfinished(&self) -> String {
-        let rounds: Vec<_> = self.workers.iter().map(|worker| (worker.engine.round(), worker.done)).collect();
-        format!(
-            "{} s after the last fault: workers at {rounds:?} of {}, shards at {:?}, queues {:?}, invokers {:?}",
-            PATIENCE_MS / 1000,
-            self.rounds,
-            self.checker.newest,
-            self.broker.depths(),
-            self.invokers.keys()
-        )
+    fn reconnects(&mut self, actor: Actor, epoch: u32) {
+        if !self.broker_up || self.epoch(actor) != epoch {
+            return;
+        }
+        let Some(process) = self.processes.get_mut(&actor).filter(|process| !process.up) else { return };
+        let until = process.frozen_until.max(process.cut_until);
+        if until > self.now {
+            return self.at(until, Event::Reconnect(actor, epoch));
+        }
+        process.up = true;
+        let outbox = std::mem::take(&mut process.outbox);
+        self.note(|| format!("{actor:?} is connected again"));
+        outbox.into_iter().for_each(|(to, body)| self.send(actor, to, body));
+        match actor {
+            Actor::Worker(index) => self.worker_reconnected(index),
+            Actor::Gateway(number) => self.gateway_reconnected(number),
+            Actor::Autoscaler(number) => self.autoscaler_reconnected(number),
+            Actor::Invoker(number) => self.invoker_reconnected(number),
+            Actor::Store | Actor::Broker | Actor::Operator => {}
+        }
     }
 
-    fn happen(&mut self, event: Event) -> anyhow::Result<()> {
-        match event {
-            Event::Message { from, to, body } => self.arrive(from, to, body),
-            Event::Local(actor, life, body) => {
-                if self.life(actor) == life && self.links.contains_key(&actor) {
-                    self.hear(actor, actor, body);
-                }
-            }
-            Event::Timer(actor, life, timer) => {
-                if self.life(actor) == life && self.links.contains_key(&actor) {
-                    self.tick(actor, timer);
-                }
-            }
-            Event::Fault if self.now < self.faults_until => {
-                self.faults += 1;
-                self.strike();
-                let next = self.rng.random_range(20..800);
-                self.later(next, Event::Fault);
-            }
-            Event::Fault => {}
-            Event::Reconnect(actor, epoch) => {
-                let ready = self.broker_up && self.epoch(actor) == epoch;
-                if ready && let Some(link) = self.links.get_mut(&actor).filter(|link| !link.up) {
-                    link.up = true;
-                    let outbox = std::mem::take(&mut link.outbox);
-                    self.note(|| format!("{actor:?} is connected again"));
-                    outbox.into_iter().for_each(|(to, body)| self.send(actor, to, body));
-                    match actor {
-                        Actor::Worker(rank) => self.worker_reconnected(rank),
-                        Actor::Invoker(number) => self.invoker_reconnected(number),
-                        Actor::Autoscaler => self.autoscaler_reconnected(),
-                        Actor::Store | Actor::Broker => {}
-                    }
-                }
-            }
-            Event::Start(Actor::Store) => {
-                if !self.store_up {
-                    self.store.start()?;
-                    self.store_up = true;
-                    self.born(Actor::Store);
-                    self.timer(50, Actor::Store, Timer::Flush);
-                    let heads = self.store.heads()?;
-                    self.checker.reopened(&heads);
-                    self.note(|| "the store is back".to_owned());
-                }
-            }
-            Event::Start(Actor::Broker) => {
+    fn starts(&mut self, actor: Actor) -> anyhow::Result<()> {
+        if self.processes.contains_key(&actor) {
+            return Ok(());
+        }
+        match actor {
+            Actor::Broker => {
                 self.broker_up = true;
                 self.note(|| "the broker is back".to_owned());
-                let all: Vec<_> = self.links.keys().copied().collect();
+                let all: Vec<_> = self.processes.keys().copied().collect();
                 for actor in all {
                     let (delay, epoch) = (self.rng.random_range(1..300), self.epoch(actor));
                     self.later(delay, Event::Reconnect(actor, epoch));
                 }
             }
-            Event::Start(Actor::Invoker(number)) => {
-                if !self.stillborn.contains(&number) {
-                    let skew = self.rng.random_range(0..=self.most_skew);
-                    self.invokers.insert(number, invoker::Host::new(self.limits, skew));
-                    self.born(Actor::Invoker(number));
-                    self.note(|| format!("i{number} starts"));
-                    self.tick(Actor::Invoker(number), Timer::Beat);
-                    self.tick(Actor::Invoker(number), Timer::Refresh);
+            Actor::Store => self.store_starts()?,
+            Actor::Invoker(number) => {
+                if let Some(starter) = self.starters.remove(&number) {
+                    self.born(actor);
+                    self.invoker_starts(number, starter);
                 } else {
-                    self.autoscaler.ended.push(format!("i{number}"));
+                    // Stopped before it was there.
+                    for host in self.autoscalers.values_mut() {
+                        host.ended.push(format!("i{number}"));
+                    }
                 }
             }
-            Event::Start(_) => {}
-            Event::End(number) => {
-                self.note(|| format!("i{number} ends"));
-                self.invoker_dies(number);
+            Actor::Worker(index) => {
+                self.born(actor);
+                self.worker_starts(index);
             }
+            Actor::Gateway(number) => {
+                self.born(actor);
+                self.gateway_starts(number);
+            }
+            Actor::Autoscaler(number) => {
+                self.born(actor);
+                self.autoscaler_starts(number);
+            }
+            Actor::Operator => {}
         }
         Ok(())
     }
 
-    fn tick(&mut self, actor: Actor, timer: Timer) {
+    fn tick(&mut self, actor: Actor, timer: Timer) -> anyhow::Result<()> {
         match (actor, timer) {
-            (Actor::Worker(rank), _) => {
-                self.worker_ticks(rank);
-                self.timer(worker::TICK_MS, actor, Timer::Tick);
-            }
-            (Actor::Autoscaler, _) => {
-                self.autoscaler_ticks();
-                self.timer(autoscaler::TICK_MS, actor, Timer::Tick);
-            }
-            (Actor::Store, _) => {
-                self.store.flush();
-                self.timer(50, actor, Timer::Flush);
-            }
-            (Actor::Invoker(number), Timer::Beat) => {
-                self.invoker_beats(number);
-                self.timer(invoker::BEAT_MS, actor, Timer::Beat);
-            }
-            (Actor::Invoker(number), Timer::Refresh) => {
-                self.invoker_refreshes(number);
-                self.timer(invoker::REFRESH_MS, actor, Timer::Refresh);
-            }
-            (Actor::Invoker(number), _) => self.invoker_ticks(number),
-            (Actor::Broker, _) => {}
+            (Actor::Invoker(number), Timer::Stop) => self.invoker_stops(number),
+            (Actor::Invoker(number), _) => self.invoker_ticks(number, timer),
+            (Actor::Worker(index), _) => self.worker_ticks(index, timer),
+            (Actor::Gateway(number), _) => self.gateway_ticks(number, timer),
+            (Actor::Autoscaler(number), _) => self.autoscaler_ticks(number, timer),
+            (Actor::Store, _) => self.store_flushes()?,
+            (Actor::Broker | Actor::Operator, _) => {}
         }
+        Ok(())
+    }
+
+    /// A signal to stop.
+    pub(crate) fn signal_stop(&mut self, number: u32) {
+        self.timer(0, Actor::Invoker(number), Timer::Stop);
     }
 
     /// A message arrives, or it does not.
-    fn arrive(&mut self, from: (Actor, u32), to: (Actor, u32), body: Body) {
-        let there = match to.0 {
-            Actor::Broker => self.broker_up,
-            other => {
-                self.broker_up && self.links.get(&other).is_some_and(|link| link.up && link.epoch == to.1)
-            }
+    fn arrive(
+        &mut self,
+        from: (Actor, u32),
+        to: (Actor, u32),
+        direct: bool,
+        body: Body,
+    ) -> anyhow::Result<()> {
+        let there = if direct {
+            self.life(to.0) == to.1
+        } else {
+            let connected = to.0 == Actor::Broker || self.is_connected(to.0);
+            self.broker_up && connected && self.epoch(to.0) == to.1
         };
         // What was on its way when the sender's connection broke may have left it, or not.
-        let sent = from.0 == Actor::Broker || self.epoch(from.0) == from.1 || self.rng.random_bool(0.5);
-        if there && sent {
-            self.note(|| format!("{:?} -> {:?}: {}", from.0, to.0, body.short()));
-            return self.hear(from.0, to.0, body);
+        let sent =
+            from.0 == Actor::Broker || direct || self.epoch(from.0) == from.1 || self.rng.random_bool(0.5);
+        let lost = !(there && sent);
+        if !body.is_noise() {
+            self.note(|| {
+                let lost = if lost { " LOST" } else { "" };
+                format!("{:?} -> {:?}:{lost} {}", from.0, to.0, body.short())
+            });
         }
-        self.note(|| format!("{:?} -> {:?}: LOST {}", from.0, to.0, body.short()));
-        match body.loss() {
-            Loss::Nobody => {}
-            Loss::Sender(body) => self.local(TIMEOUT_MS, from.0, body),
-            Loss::Receiver(body) => self.local(TIMEOUT_MS, to.0, body),
-        }
+        if lost { Ok(()) } else { self.hear(from.0, to.0, body) }
     }
 
-    fn hear(&mut self, from: Actor, to: Actor, body: Body) {
+    fn hear(&mut self, from: Actor, to: Actor, body: Body) -> anyhow::Result<()> {
+        if let Body::Answer(id, answer) = body {
+            if let Some(process) = self.processes.get(&to)
+                && process.remote.answer(id, answer)
+            {
+                self.awake.insert(to);
+            }
+            return Ok(());
+        }
         match to {
             Actor::Broker => self.broker_hears(from, body),
-            Actor::Store => self.store_hears(from, body),
-            Actor::Autoscaler => {
+            Actor::Store => self.store_hears(from, body)?,
+            Actor::Autoscaler(number) => {
                 if let Body::Beat(beat) = body {
-                    self.autoscaler_hears(beat);
+                    self.autoscaler_hears(number, beat);
                 }
             }
-            Actor::Worker(rank) => self.worker_hears(rank, body),
+            Actor::Worker(index) => self.worker_hears(index, body),
             Actor::Invoker(number) => self.invoker_hears(number, body),
+            Actor::Gateway(number) => self.gateway_hears(number, body),
+            Actor::Operator => {}
+        }
+        Ok(())
+    }
+
+    /// The header of a contribution.
+    pub(crate) fn contribution(bytes: &Bytes) -> Option<GradientHeader> {
+        frame::open::<GradientHeader>(Kind::Gradient, bytes).ok().map(|(header, _)| header)
+    }
+
+    pub(crate) fn is_poison(&self, bytes: &Bytes) -> bool {
+        Self::contribution(bytes)
+            .is_some_and(|header| self.poison == Some((header.worker, header.round, header.shard)))
+    }
+
+    pub(crate) fn record_of_life(&self, job: Incarnation) -> Option<thalweg_protocol::JobRecord> {
+        let mut records = (0..self.specs.len()).filter_map(|index| self.record_of(index));
+        records.find(|record| record.incarnation == job)
+    }
+
+    /// A key of the registry was written.
+    pub(crate) fn key_written(&mut self, key: &str, value: Option<&Bytes>) {
+        let Some(value) = value else { return };
+        if key.starts_with("job.")
+            && let Ok(record) = frame::open_record(value)
+        {
+            self.checker.job_written(&record);
+        }
+        if key.starts_with("roster.")
+            && let Ok(roster) = frame::open_record::<Roster>(value)
+        {
+            self.check_expiry(&roster);
+            self.checker.roster_written(&roster);
         }
     }
 
-    fn store_hears(&mut self, from: Actor, body: Body) {
-        if !self.store_up {
-            return;
-        }
-        let reply = match body {
-            Body::ReadHeads => self.store.heads().ok().map(Body::Heads),
-            Body::Fetch(shard) => {
-                self.store.fetch(shard, false).ok().map(|state| Body::Fetched(shard, state))
-            }
-            Body::ReadHead(key) => Some(Body::HeadRead(key, self.store.head(key.1))),
-            Body::Commit(id, mut commit, state) => {
-                if self.mutated(Mutation::CommitOnAnyHead)
-                    && let Ok((head, _)) = self.store.head(commit.shard)
-                {
-                    commit.expect = head;
-                    commit.ledger.round = head.version + 1;
-                }
-                if self.mutated(Mutation::RankForgotten) && commit.ledger.counted.len() > 1 {
-                    commit.ledger.counted = commit.ledger.counted.iter().skip(1).collect();
-                }
-                let (shard, ledger) = (commit.shard, commit.ledger.clone());
-                let result = self.store.commit(*commit, state.clone());
-                if let Ok(outcome) = &result {
-                    self.checker.committed(&self.job.clone(), shard, &ledger, &state, outcome);
-                }
-                Some(Body::Committed(id, result))
-            }
-            other => unreachable!("not for the store: {other:?}"),
-        };
-        if let Some(reply) = reply {
-            self.send(Actor::Store, from, reply);
-        }
-    }
-
-    fn broker_hears(&mut self, from: Actor, body: Body) {
-        let now = self.now;
-        let reply = match body {
-            Body::Publish { shard, round, partition, rank, frame } => {
-                let subject = subjects::gradient(partition, &self.job.record.spec.key, rank);
-                let len = frame.len() as u64;
-                let stored = self.broker.store(partition, now, subject, frame).is_some();
-                self.deliver(partition);
-                Some(if stored {
-                    Body::Confirmed { shard, round, len }
-                } else {
-                    Body::Refused { shard, round, len }
-                })
-            }
-            Body::ReadStreams(heads) => Some(Body::Streams(heads, self.broker.recorded.clone())),
-            Body::ReadPlacement => Some(Body::Placement(self.broker.placement.clone())),
-            Body::LookUp(key) => Some(Body::Job(key, Some(self.job.clone()))),
-            Body::List(partition, epoch) => Some(match self.broker.list(partition) {
-                Some((consumers, stream)) => Body::Listed { partition, epoch, consumers, stream },
-                None => Body::TakeoverFailed { partition, epoch },
-            }),
-            Body::Delete { partition, epoch, name } => Some(match self.broker.delete(partition, &name) {
-                Some(()) => Body::Deleted { partition, epoch },
-                None => Body::TakeoverFailed { partition, epoch },
-            }),
-            Body::Create { partition, epoch, name } => Some(match self.broker.create(partition, &name) {
-                Some(()) => Body::Created { partition, epoch, name },
-                None => Body::TakeoverFailed { partition, epoch },
-            }),
-            Body::Release { partition, name } => {
-                self.broker.delete(partition, &name);
-                None
-            }
-            Body::Pull { partition, consumer, batch } => {
-                let there = self.broker.pull(partition, &consumer, batch);
-                self.deliver(partition);
-                (!there).then_some(Body::ConsumerGone { partition, consumer })
-            }
-            Body::Acknowledge { partition, consumer, sequence } => {
-                if let Some(message) = self.broker.acknowledge(partition, &consumer, sequence) {
-                    let copies = self.broker.copies_of(&message.frame);
-                    self.checker.acknowledged(&message.frame, copies > 0);
-                }
-                None
-            }
-            Body::PublishResult(bytes) => {
-                for rank in 0..u32::try_from(self.workers.len()).unwrap_or(0) {
-                    self.send(Actor::Broker, Actor::Worker(rank), Body::Result(bytes.clone()));
-                }
-                None
-            }
-            Body::Reject(rank, reject) => {
-                self.send(Actor::Broker, Actor::Worker(rank), Body::Reject(rank, reject));
-                None
-            }
-            other => unreachable!("not for the broker: {other:?}"),
-        };
-        if let Some(reply) = reply {
-            self.send(Actor::Broker, from, reply);
-        }
-    }
-
-    /// Sends what a partition's consumer has asked for to whoever made the consumer.
-    fn deliver(&mut self, partition: Partition) {
-        for (consumer, consumer_sequence, message) in self.broker.deliveries(partition) {
-            // The pull request's inbox belongs to the invoker; others do not hear it.
-            let holder = self.holder_of(partition, &consumer);
-            if let Some(number) = holder {
-                let body = Body::Deliver { partition, consumer, consumer_sequence, message };
-                self.send(Actor::Broker, Actor::Invoker(number), body);
+    /// Nobody expires who could have been heard (rule P21).
+    fn check_expiry(&mut self, roster: &Roster) {
+        let Some(before) = self.checker.newest_roster(roster.job) else { return };
+        let was_present =
+            |worker: Incarnation| before.tenure(worker).is_some_and(|member| member.until_round.is_none());
+        let present = |worker| roster.tenure(worker).is_some_and(|member| member.until_round.is_none());
+        let mut wronged = None;
+        for (index, host) in (0..).zip(&self.workers) {
+            let trains = matches!(host.state, worker::State::Training(_) | worker::State::Joining);
+            let healthy = trains
+                && !self.is_frozen(Actor::Worker(index))
+                && self.now > host.own_fault_until + self.lease_ms + TIMEOUT_MS;
+            if healthy && was_present(host.life) && !present(host.life) {
+                wronged = Some((index, host.rank));
             }
         }
-    }
-
-    fn strike(&mut self) {
-        let numbers: Vec<_> = self.invokers.keys().copied().collect();
-        let some =
-            |rng: &mut StdRng| (!numbers.is_empty()).then(|| numbers[rng.random_range(0..numbers.len())]);
-        match self.rng.random_range(0..9) {
-            0 | 1 => {
-                if let Some(number) = some(&mut self.rng) {
-                    self.note(|| format!("FAULT i{number} is killed"));
-                    self.invoker_dies(number);
-                }
-            }
-            2 | 3 => {
-                let left = self.rng.random_range(0..12);
-                if let Some(host) = some(&mut self.rng).and_then(|number| self.invokers.get_mut(&number)) {
-                    host.dies_after = Some(left);
-                }
-            }
-            4 => self.kill_store(),
-            5 => self.kill_broker(),
-            6 | 7 => {
-                let all: Vec<_> = self.links.keys().copied().collect();
-                let actor = all[self.rng.random_range(0..all.len())];
-                self.note(|| format!("FAULT {actor:?} loses its connection"));
-                self.disconnect(actor);
-            }
-            _ => {
-                self.note(|| "FAULT everything is killed".to_owned());
-                self.kill_store();
-                self.kill_broker();
-                numbers.into_iter().for_each(|number| self.invoker_dies(number));
-            }
-        }
-    }
-
-    fn kill_store(&mut self) {
-        if !self.store_up {
-            return;
-        }
-        self.note(|| "FAULT the store is killed".to_owned());
-        // Perhaps in the middle of the next commit on its way.
-        let next = self.queue.iter().find(|(_, event)| {
-            matches!(event, Event::Message { to: (Actor::Store, _), body: Body::Commit(..), .. })
-        });
-        let write = match next {
-            Some((_, Event::Message { body: Body::Commit(_, commit, state), .. }))
-                if self.rng.random_bool(0.5) =>
-            {
-                Some((commit.as_ref().clone(), state.clone()))
-            }
-            _ => None,
-        };
-        self.store.kill(write, &mut self.rng);
-        self.store_up = false;
-        self.links.remove(&Actor::Store);
-        let delay = self.rng.random_range(10..500);
-        self.later(delay, Event::Start(Actor::Store));
-    }
-
-    fn kill_broker(&mut self) {
-        if !self.broker_up {
-            return;
-        }
-        self.note(|| "FAULT the broker is killed".to_owned());
-        self.broker.restart();
-        self.broker_up = false;
-        for link in self.links.values_mut() {
-            link.up = false;
-            self.lives += 1;
-            link.epoch = self.lives;
-        }
-        let delay = self.rng.random_range(10..1000);
-        self.later(delay, Event::Start(Actor::Broker));
-    }
-
-    fn disconnect(&mut self, actor: Actor) {
-        self.lives += 1;
-        let epoch = self.lives;
-        if let Some(link) = self.links.get_mut(&actor) {
-            link.up = false;
-            link.epoch = epoch;
-            let delay = self.rng.random_range(10..2000);
-            self.later(delay, Event::Reconnect(actor, epoch));
+        if let Some((index, rank)) = wronged {
+            let text = format!("worker {index} (rank {rank}) is off the roster, though nothing ails it");
+            self.checker.fail("P21", None, text);
         }
     }
 }

@@ -72,7 +72,7 @@ impl StoreError {
 /// Storage of shards. Every method may be called again after an error or a cancelled call: all are
 /// idempotent, and none leaves a shard half changed.
 #[async_trait]
-pub trait ShardStore: Send + Sync + 'static {
+pub trait ShardStore: std::fmt::Debug + Send + Sync + 'static {
     /// Registers a job.
     ///
     /// # Behavior

@@ -15,50 +15,72 @@ use crate::{ShardState, ShardStore, StoreError, direct::Door};
 /// Longest wait for a reply. A `disk` commit waits for two syncs, which a busy disk may draw out.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How requests reach a store.
+#[async_trait]
+pub trait Route: std::fmt::Debug + Send + Sync {
+    /// Asks once, in frames of [`Kind::StoreRequest`] and [`Kind::StoreReply`].
+    async fn ask(&self, query: &StoreRequest, payload: &[u8]) -> Result<(StoreReply, Bytes), StoreError>;
+}
+
 /// A store that some process on the same NATS serves. Requests are addressed to one data directory, so
 /// that an empty store in its place is never taken for it (rule P26).
 #[derive(Clone, Debug)]
 pub struct StoreClient {
-    client: async_nats::Client,
-    subject: String,
-    door: Option<Arc<Door>>,
+    route: Arc<dyn Route>,
 }
 
 impl StoreClient {
     /// Addresses the store with this identity.
     #[must_use]
     pub fn new(client: async_nats::Client, id: StoreId) -> Self {
-        Self { client, subject: subjects::store(id), door: None }
+        Self::over(Arc::new(NatsRoute { client, subject: subjects::store(id), door: None }))
     }
 
     /// As [`Self::new`], but requests go through the socket in the store's data directory where that is on
     /// this host and open. Which way a request takes makes no difference but to its cost.
     #[must_use]
     pub fn near(client: async_nats::Client, id: StoreId, data_dir: &Path) -> Self {
-        Self { door: Some(Arc::new(Door::new(data_dir, id))), ..Self::new(client, id) }
+        let door = Some(Door::new(data_dir, id));
+        Self::over(Arc::new(NatsRoute { client, subject: subjects::store(id), door }))
+    }
+
+    /// A store at the end of another route.
+    #[must_use]
+    pub fn over(route: Arc<dyn Route>) -> Self {
+        Self { route }
     }
 
     async fn ask(&self, query: StoreRequest, payload: &[u8]) -> Result<(StoreReply, Bytes), StoreError> {
+        match self.route.ask(&query, payload).await? {
+            (StoreReply::Error(error), _) => Err(StoreError::from_wire(error)),
+            reply => Ok(reply),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct NatsRoute {
+    client: async_nats::Client,
+    subject: String,
+    door: Option<Door>,
+}
+
+#[async_trait]
+impl Route for NatsRoute {
+    async fn ask(&self, query: &StoreRequest, payload: &[u8]) -> Result<(StoreReply, Bytes), StoreError> {
         let kinds = (Kind::StoreRequest, Kind::StoreReply);
         if let Some(door) = &self.door
-            && let Some(reply) = door.ask(&frame::seal(kinds.0, &query, payload), TIMEOUT).await
+            && let Some(reply) = door.ask(&frame::seal(kinds.0, query, payload), TIMEOUT).await
         {
-            return match frame::open(kinds.1, &reply?)
-                .map_err(|error| StoreError::Refused(error.to_wire()))?
-            {
-                (StoreReply::Error(error), _) => Err(StoreError::from_wire(error)),
-                reply => Ok(reply),
-            };
+            return frame::open(kinds.1, &reply?).map_err(|error| StoreError::Refused(error.to_wire()));
         }
-        match request(&self.client, &self.subject, kinds, &query, payload, TIMEOUT).await {
-            Ok((StoreReply::Error(error), _)) => Err(StoreError::from_wire(error)),
-            Ok(reply) => Ok(reply),
-            Err(error @ RequestError::TooLarge(..)) => {
-                Err(StoreError::refused(ErrorCode::Limit, error.to_string()))
-            }
-            Err(RequestError::Frame(_, error)) => Err(StoreError::Refused(error.to_wire())),
-            Err(error) => Err(StoreError::Unavailable(error.to_string())),
-        }
+        request(&self.client, &self.subject, kinds, query, payload, TIMEOUT).await.map_err(
+            |error| match error {
+                RequestError::TooLarge(..) => StoreError::refused(ErrorCode::Limit, error.to_string()),
+                RequestError::Frame(_, error) => StoreError::Refused(error.to_wire()),
+                error => StoreError::Unavailable(error.to_string()),
+            },
+        )
     }
 }
 

@@ -148,7 +148,7 @@ pub use forgetful::ForgetfulDisk;
 #[cfg(feature = "testing")]
 mod forgetful {
     use std::{
-        collections::HashMap,
+        collections::BTreeMap,
         io,
         sync::{
             Arc, Mutex, PoisonError,
@@ -163,7 +163,7 @@ mod forgetful {
     /// See the module.
     #[derive(Debug, Default)]
     pub struct ForgetfulDisk {
-        files: Mutex<HashMap<String, Arc<MemoryFile>>>,
+        files: Mutex<BTreeMap<String, Arc<MemoryFile>>>,
         /// Files that existed at the last `sync_names`.
         named: Mutex<Vec<String>>,
         faults: Arc<Faults>,

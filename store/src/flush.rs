@@ -1,7 +1,7 @@
 //! The flush cycle: what makes commits survive power loss (rule P24).
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
@@ -27,7 +27,7 @@ pub enum FlushMode {
     /// In a thread of their own, at least this often while anything was written, at once when a commit
     /// waits for one.
     Every(Duration),
-    /// Only when asked for; for tests.
+    /// Only when asked for, and everything on the caller's thread: for tests and the simulation.
     Manual,
 }
 
@@ -54,7 +54,7 @@ impl Signals {
 type Pinned = (Arc<Slab>, Vec<(ShardIndex, Durable)>);
 
 /// Slabs that are open.
-pub(crate) type Slabs = Arc<Mutex<HashMap<Incarnation, Arc<Slab>>>>;
+pub(crate) type Slabs = Arc<Mutex<BTreeMap<Incarnation, Arc<Slab>>>>;
 
 /// State shared between commits and the flush thread.
 #[derive(Debug)]

@@ -19,15 +19,16 @@ mod index;
 mod local;
 mod memory;
 pub mod metrics;
+pub mod mutation;
 mod rules;
 mod server;
 mod slab;
 mod slot;
 
 pub use api::{ShardState, ShardStore, StoreError};
-pub use client::StoreClient;
+pub use client::{Route, StoreClient};
 pub use flush::FlushMode;
 pub use index::{Change, Durable, Index, IndexContents, MemoryIndex, SledIndex};
 pub use local::{LocalStore, OpenOptions};
 pub use memory::MemoryStore;
-pub use server::{Config, announce, run};
+pub use server::{Config, announce, answer, run};

@@ -1,7 +1,7 @@
 //! The store on this machine's disk: a slab file per job and an index.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::Ordering},
@@ -76,6 +76,8 @@ struct Inner {
     flusher: Arc<Flusher>,
     flush_thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     boot: String,
+    /// Everything is done on the caller's thread.
+    inline: bool,
     /// False once closed. Held for reading by every call, so that none slips past the last cycle.
     open: RwLock<bool>,
 }
@@ -97,12 +99,10 @@ impl LocalStore {
         let id = identity(&*disk)?;
         let known = index.load()?;
         let power_lost = known.opened.as_ref().is_some_and(|(last, clean)| *last != boot && !clean);
-        index.apply(&[Change::Opened { boot: boot.clone(), clean: false }])?;
-        index.sync()?;
         // A sync of names that failed in an earlier life may have left some that no disk has.
         disk.sync_names()?;
         let signals = Arc::new(Signals::default());
-        let slabs: Slabs = Arc::new(Mutex::new(HashMap::new()));
+        let slabs: Slabs = Arc::new(Mutex::new(BTreeMap::new()));
         let mut changes = Vec::new();
         for name in disk.list()?.into_iter().filter(|name| name.ends_with(SLAB_SUFFIX)) {
             let Some(slab) = Slab::open(disk.open(&name)?, signals.clone())? else {
@@ -128,9 +128,13 @@ impl LocalStore {
         let gone =
             |job: &&Incarnation| !slabs.lock().unwrap_or_else(PoisonError::into_inner).contains_key(*job);
         changes.extend(known.jobs.keys().filter(gone).map(|job| Change::Remove(*job)));
+        // Last, since whoever dies before this has to find the power loss again.
+        changes.push(Change::Opened { boot: boot.clone(), clean: false });
         index.apply(&changes)?;
+        index.sync()?;
         let flusher = Arc::new(Flusher::new(slabs.clone(), index.clone(), signals));
         flusher.cycle(false).map_err(io::Error::other)?;
+        let inline = flush == FlushMode::Manual;
         let flush_thread = match flush {
             FlushMode::Manual => None,
             FlushMode::Every(every) => {
@@ -141,7 +145,7 @@ impl LocalStore {
         };
         let flush_thread = Mutex::new(flush_thread);
         let open = RwLock::new(true);
-        let inner = Inner { id, disk, index, slabs, flusher, flush_thread, boot, open };
+        let inner = Inner { id, disk, index, slabs, flusher, flush_thread, boot, inline, open };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -182,19 +186,23 @@ impl LocalStore {
             .map_err(|error| broken(&error))
     }
 
-    /// Runs blocking work off the async threads.
+    /// Runs blocking work off the async threads, but for tests.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
-        let result = tokio::task::spawn_blocking(move || {
+        let inline = inner.inline;
+        let work = move || {
             let open = inner.open.read().unwrap_or_else(PoisonError::into_inner);
             if *open { work(&inner) } else { Err(StoreError::Unavailable("the store is closed".to_owned())) }
-        })
-        .await;
-        let result =
-            result.unwrap_or_else(|error| Err(StoreError::Unavailable(format!("store task: {error}"))));
+        };
+        let result = if inline {
+            work()
+        } else {
+            let result = tokio::task::spawn_blocking(work).await;
+            result.unwrap_or_else(|error| Err(StoreError::Unavailable(format!("store task: {error}"))))
+        };
         if let Err(error) = &result {
             metrics::refused(error.code());
         }
@@ -219,7 +227,7 @@ impl LocalStore {
 }
 
 impl Inner {
-    fn slabs(&self) -> MutexGuard<'_, HashMap<Incarnation, Arc<Slab>>> {
+    fn slabs(&self) -> MutexGuard<'_, BTreeMap<Incarnation, Arc<Slab>>> {
         self.slabs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

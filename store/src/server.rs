@@ -159,8 +159,8 @@ pub async fn run(
     closed.unwrap_or_else(|error| Err(StoreError::Unavailable(error.to_string())))
 }
 
-/// Answers one request.
-pub(crate) async fn answer(store: &dyn ShardStore, frame: &Bytes) -> Bytes {
+/// Answers one request: a frame for a frame.
+pub async fn answer(store: &dyn ShardStore, frame: &Bytes) -> Bytes {
     let (reply, payload) = match frame::open::<StoreRequest>(Kind::StoreRequest, frame) {
         Ok((request, payload)) => match perform(store, request, payload).await {
             Ok(done) => done,

@@ -53,7 +53,12 @@ fn life(number: u8) -> Incarnation {
 }
 
 fn claim_of(rank: Rank, id: &str, incarnation: Incarnation) -> Claim {
-    Claim { worker: WorkerRef { key: key(), job: JOB, rank, incarnation }, id: id.to_owned() }
+    Claim { worker: WorkerRef { key: key(), job: JOB, rank, incarnation }, id: id.to_owned(), replaces: None }
+}
+
+/// A claim by whoever has read the roster.
+fn informed(roster: &Roster, claim: Claim) -> Claim {
+    Claim { replaces: roster.former_life(claim.worker.rank, &claim.id), ..claim }
 }
 
 fn at(min: Version, max: Version) -> Versions {
@@ -90,7 +95,7 @@ fn founding_members_count_from_round_one_and_the_last_of_them_starts_the_job() {
 fn a_claim_made_again_changes_nothing() {
     let (record, roster) = started(2);
     let again = claim(&record, &roster, &claim_of(1, "w1", life(2)), at(7, 8)).unwrap();
-    assert_eq!(again, Claimed { roster: None, from_round: 1, level: None });
+    assert_eq!(again, Claimed { roster: None, from_round: 1, confirmed: true, level: None });
 }
 
 #[test]
@@ -100,7 +105,8 @@ fn a_founding_member_may_leave_before_the_start() {
     let (left, level) = remove(&first, life(1), at(0, 0)).unwrap();
     assert_eq!((left.members.len(), level, left.started), (0, None, false));
     // And a founding worker started again takes its own place.
-    let again = claim(&record, &first, &claim_of(0, "w0", life(2)), at(0, 0)).unwrap().roster.unwrap();
+    let restarted = informed(&first, claim_of(0, "w0", life(2)));
+    let again = claim(&record, &first, &restarted, at(0, 0)).unwrap().roster.unwrap();
     assert_eq!((again.members.len(), again.started), (1, false));
     assert_eq!(again.members[0].incarnation, life(2));
 }
@@ -120,7 +126,10 @@ fn ranks_have_one_holder_and_an_end() {
 #[test]
 fn the_same_worker_started_again_takes_its_rank_over() {
     let (record, roster) = started(2);
-    let claimed = claim(&record, &roster, &claim_of(1, "w1", life(9)), at(4, 5)).unwrap();
+    // Unless it knows whom it replaces: a claim of an older life may come late.
+    assert_eq!(code(claim(&record, &roster, &claim_of(1, "w1", life(9)), at(4, 5))), ErrorCode::RankTaken);
+    let restarted = informed(&roster, claim_of(1, "w1", life(9)));
+    let claimed = claim(&record, &roster, &restarted, at(4, 5)).unwrap();
     let next = claimed.roster.unwrap();
     // The old life ends with the first round that is open anywhere, the new one counts after every one
     // that may be.
@@ -197,7 +206,8 @@ fn tenures_that_no_open_round_asks_for_are_forgotten() {
     for number in 10..60 {
         let version = Version::from(number);
         let versions = at(version, version);
-        roster = claim(&record, &roster, &claim_of(1, "w1", life(number)), versions).unwrap().roster.unwrap();
+        let restarted = informed(&roster, claim_of(1, "w1", life(number)));
+        roster = claim(&record, &roster, &restarted, versions).unwrap().roster.unwrap();
         assert!(roster.members.len() <= 3, "{:?}", roster.members);
     }
 }
@@ -287,7 +297,8 @@ impl History {
         let worker = life(self.lives);
         let id = if same_id { format!("w{rank}") } else { format!("w{}", self.lives) };
         let (versions, before) = (self.versions(), self.roster.clone());
-        let claimed = match claim(&self.record, &before, &claim_of(rank, &id, worker), versions) {
+        let wanted = informed(&before, claim_of(rank, &id, worker));
+        let claimed = match claim(&self.record, &before, &wanted, versions) {
             Ok(claimed) => claimed,
             Err(error) => {
                 let held = before.members.iter().any(|m| m.rank == rank && m.until_round.is_none());
@@ -316,6 +327,10 @@ impl History {
             self.level(deserted(&self.roster, versions));
             from_round = self.roster.tenure(worker).unwrap().from_round;
         }
+        self.write(confirm(&self.roster, worker).unwrap());
+        // The same claim again, its answer lost: nothing changes, whatever has been closed since.
+        let again = claim(&self.record, &self.roster, &claim_of(rank, &id, worker), self.versions()).unwrap();
+        assert!(again.confirmed && again.roster.is_none() && again.from_round == from_round);
     }
 
     fn remove(&mut self, pick: u8, races: u8) {

@@ -41,7 +41,8 @@ impl Core {
             Some(Some(job))
                 if job.record.incarnation == header.job
                     && job.roster.epoch >= header.roster_epoch
-                    && (seen > 0 || job.record.state != JobState::Initialising) =>
+                    && (seen > 0
+                        || !matches!(job.record.state, JobState::Initialising | JobState::Creating)) =>
             {
                 job.clone()
             }
@@ -91,8 +92,15 @@ impl Core {
             // The same message again (its acknowledgement wait ran out), or the same contribution pushed
             // twice: the first in stream order wins.
             // An entry of another worker has departed: one tenure of a rank counts in a round, and the
-            // sender has it. An invocation under way is left as it is; a fence or a resend settles that.
-            if known.worker == header.worker || shard.invoking.is_some() {
+            // sender has it.
+            if known.worker != header.worker && shard.invoking.is_some() {
+                // An invocation under way is left as it is; a fence will stop it, or has let it pass.
+                if shard.contested.iter().all(|other| other.sequence != delivery.sequence) {
+                    shard.contested.push(delivery.clone());
+                }
+                return;
+            }
+            if known.worker == header.worker {
                 if known.sequence != delivery.sequence {
                     metrics::leftover("duplicate");
                     self.actions.push(Action::Acknowledge(delivery.partition, delivery.sequence));
@@ -218,7 +226,7 @@ fn refusal(job: &Job, header: &GradientHeader, subject_partition: u16, partition
     match &job.record.state {
         JobState::Running => {}
         JobState::Failed(error) => return Some(WireError::new(ErrorCode::JobFailed, error.to_string())),
-        JobState::Initialising => {
+        JobState::Initialising | JobState::Creating => {
             let text = format!("job {key} has no initial parameters yet: rank 0 uploads them when it joins");
             return Some(WireError::new(ErrorCode::NotReady, text));
         }

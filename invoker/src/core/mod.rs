@@ -43,12 +43,12 @@ const MAX_LOOK_UPS: u32 = 20;
 pub struct Core {
     limits: Limits,
     partitions: HashMap<Partition, Holding>,
-    jobs: HashMap<JobKey, Option<Arc<Job>>>,
+    jobs: BTreeMap<JobKey, Option<Arc<Job>>>,
     /// Messages that wait for a look-up, with the number of look-ups they have seen.
     unknown: HashMap<JobKey, Vec<(Delivery, u32)>>,
     looking_up: HashSet<JobKey>,
     /// Lives that have to fail, until the registry says that they have: they close no round meanwhile.
-    failing: HashMap<Incarnation, (JobKey, WireError)>,
+    failing: BTreeMap<Incarnation, (JobKey, WireError)>,
     /// Heads that are being read, with the clock when that was begun. Beside the shards, because an
     /// answer may outlive what it was asked for.
     reading: HashMap<ShardKey, u64>,
@@ -91,10 +91,10 @@ impl Core {
         Self {
             limits,
             partitions: HashMap::new(),
-            jobs: HashMap::new(),
+            jobs: BTreeMap::new(),
             unknown: HashMap::new(),
             looking_up: HashSet::new(),
-            failing: HashMap::new(),
+            failing: BTreeMap::new(),
             reading: HashMap::new(),
             shards: HashMap::new(),
             invocations: HashMap::new(),
@@ -305,11 +305,17 @@ impl Core {
 
     /// The job's incarnation is over: its contributions are acknowledged and counted (rule P3).
     fn drop_job(&mut self, key: &JobKey, incarnation: Incarnation, error: &WireError) {
-        let shards: Vec<_> = self.shards.keys().filter(|(owner, _)| *owner == incarnation).copied().collect();
+        let mut shards: Vec<_> =
+            self.shards.keys().filter(|(owner, _)| *owner == incarnation).copied().collect();
+        shards.sort_unstable();
         for shard_key in shards {
             let Some(mut shard) = self.shards.remove(&shard_key) else { continue };
             self.ready.remove(&shard_key);
             self.held_bytes -= shard.held_bytes();
+            for delivery in std::mem::take(&mut shard.contested) {
+                metrics::leftover("gone");
+                self.actions.push(Action::Acknowledge(shard.partition, delivery.sequence));
+            }
             for (round, entry) in shard.take_all() {
                 metrics::leftover("gone");
                 self.reject(key, &entry, shard_key.1, round, error.clone());

@@ -64,6 +64,12 @@ impl Core {
     pub(super) fn evaluate(&mut self, key: ShardKey) {
         // Found complete by an older look: doubts may have come up since.
         self.ready.remove(&key);
+        let Some(shard) = self.shards.get_mut(&key) else { return };
+        if shard.invoking.is_none() && !shard.contested.is_empty() {
+            for delivery in std::mem::take(&mut shard.contested) {
+                self.deliver(delivery, 1);
+            }
+        }
         let Some(shard) = self.shards.get(&key) else { return };
         let Some(job) = self.job_of(key, &shard.key.clone()) else { return };
         let Some((head, ledger, asked)) = shard.head.clone() else {
@@ -337,6 +343,13 @@ impl Core {
             Err(FoldError::Unavailable(reason)) => {
                 tracing::debug!(reason, "fold waits");
                 self.later(RETRY_MS, Timer::Refold(id));
+            }
+            Err(FoldError::Refused(error)) => {
+                self.invocations.remove(&id);
+                if let Some(shard) = self.shards.get_mut(&key) {
+                    shard.invoking = None;
+                }
+                self.store_refused(key, &error);
             }
             Err(FoldError::ParkedGone(rank)) => {
                 let round = invocation.plan.round;

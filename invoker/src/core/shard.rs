@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use thalweg_protocol::{Head, Incarnation, JobKey, Ledger, Partition, Rank, Round, StateId};
 
-use super::{InvocationId, Millis};
+use super::{Delivery, InvocationId, Millis};
 
 /// A contribution that waits, un-acknowledged, for its round.
 #[derive(Debug)]
@@ -45,6 +45,8 @@ pub(super) struct Shard {
     pub(super) head: Option<(Head, Ledger, u64)>,
     pub(super) rounds: BTreeMap<Round, Gathering>,
     pub(super) invoking: Option<InvocationId>,
+    /// Contributions of ranks whose former lives' are being folded: judged when that has ended.
+    pub(super) contested: Vec<Delivery>,
     /// Version last published again for a worker that missed it.
     pub(super) republished: Option<u64>,
     /// The round and moment for which a timer was set.
@@ -59,13 +61,14 @@ impl Shard {
             head: None,
             rounds: BTreeMap::new(),
             invoking: None,
+            contested: Vec::new(),
             republished: None,
             deadline_armed: None,
         }
     }
 
     pub(super) fn entries(&self) -> usize {
-        self.rounds.values().map(|round| round.entries.len()).sum()
+        self.rounds.values().map(|round| round.entries.len()).sum::<usize>() + self.contested.len()
     }
 
     pub(super) fn held_bytes(&self) -> usize {
@@ -80,7 +83,7 @@ impl Shard {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.rounds.is_empty() && self.invoking.is_none()
+        self.rounds.is_empty() && self.invoking.is_none() && self.contested.is_empty()
     }
 }
 

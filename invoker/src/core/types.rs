@@ -74,6 +74,8 @@ pub enum FoldError {
     Moved,
     /// The store, or the broker for parked contributions, could not be asked.
     Unavailable(String),
+    /// The store refuses, and asking again changes nothing.
+    Refused(StoreError),
     /// The function itself failed.
     Function(String),
 }

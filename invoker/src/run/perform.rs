@@ -1,15 +1,12 @@
 //! What the core asks for: talking to broker, store and registry.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
-use thalweg_broker::{Registry, stage};
-use thalweg_protocol::{
-    JobKey, JobRecord, JobState, Kind, Partition, ResultHeader, Roster, WireError, frame, job_key,
-    roster_key, subjects,
-};
+use thalweg_broker::stage;
+use thalweg_protocol::{JobKey, Kind, Partition, ResultHeader, WireError, frame, subjects};
 
-use super::{Done, Shell, Slot};
+use super::{Done, Shell};
 use crate::{
     Job,
     core::{Action, Event, FoldError, InvocationId, Plan, ShardKey},
@@ -54,7 +51,7 @@ impl Shell {
                 Action::FailJob(key, incarnation, error) => {
                     let registry = self.registry.clone();
                     self.work.push(Box::pin(async move {
-                        match fail_job(&registry, &key, incarnation, error).await {
+                        match Job::fail(&registry, &key, incarnation, error).await {
                             Ok(job) => Done::Event(Event::Job(key, job)),
                             Err(_) => Done::Event(Event::LookUpFailed(key)),
                         }
@@ -65,10 +62,7 @@ impl Shell {
     }
 
     async fn acknowledge(&mut self, partition: Partition, sequence: u64, kind: &'static str) {
-        let Some(Slot::Held(held) | Slot::Leaving(held, _)) = self.partitions.get_mut(&partition) else {
-            return;
-        };
-        if let Some(reply) = held.replies.remove(&sequence) {
+        if let Some(reply) = self.holdings.reply(partition, sequence) {
             let _ = self.connection.client.publish(reply, Bytes::from_static(kind.as_bytes())).await;
         }
     }
@@ -128,7 +122,7 @@ impl Shell {
     pub(super) fn look_up(&self, key: JobKey) {
         let registry = self.registry.clone();
         self.work.push(Box::pin(async move {
-            match read_job(&registry, &key).await {
+            match Job::read(&registry, &key).await {
                 Ok(job) => Done::Event(Event::Job(key, job)),
                 Err(error) => {
                     tracing::debug!(%key, error, "job not read");
@@ -162,15 +156,14 @@ impl Shell {
     fn fold(&self, id: InvocationId, plan: Plan) {
         let (store, connection) = (self.store.clone(), self.connection.clone());
         let (registry, invoker) = (self.registry.clone(), self.id.clone());
-        let (stream_created, suspect) = match self.partitions.get(&plan.partition) {
-            Some(Slot::Held(held) | Slot::Leaving(held, _)) => (held.stream_created, held.suspect.clone()),
-            _ => (0, None),
-        };
+        let held = self.holdings.get(plan.partition);
+        let (stream_created, suspect) =
+            held.map_or((0, None), |held| (held.stream_created, held.suspect.clone()));
         self.work.push(Box::pin(async move {
             let begun = Instant::now();
             let context = FoldContext {
                 store: &*store,
-                jetstream: &connection.jetstream,
+                queues: &connection.jetstream,
                 registry: &registry,
                 invoker: &invoker,
                 stream_created,
@@ -181,42 +174,4 @@ impl Shell {
             Done::Event(Event::Folded(id, result))
         }));
     }
-}
-
-/// Reads a job's record and roster; `None` when there is no such job.
-async fn read_job(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Job>>, String> {
-    let (record, _) = registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
-    let (roster, _) = registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
-    let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
-    if roster.job != record.incarnation {
-        // Between two lives; the next hint or retry sees them together.
-        return Err("record and roster belong to different lives".to_owned());
-    }
-    Job::new(record, roster).map(|job| Some(Arc::new(job))).map_err(|error| error.to_string())
-}
-
-/// Records that a job has failed; whoever is first says why.
-async fn fail_job(
-    registry: &Registry,
-    key: &JobKey,
-    incarnation: thalweg_protocol::Incarnation,
-    error: WireError,
-) -> Result<Option<Arc<Job>>, String> {
-    loop {
-        let (record, revision) =
-            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
-        match record {
-            Some(mut record)
-                if record.incarnation == incarnation && !matches!(record.state, JobState::Failed(_)) =>
-            {
-                record.state = JobState::Failed(error.clone());
-                let put = registry.put(&job_key(key), &record, revision).await;
-                if put.map_err(|error| error.to_string())?.is_ok() {
-                    break;
-                }
-            }
-            _ => break,
-        }
-    }
-    read_job(registry, key).await
 }

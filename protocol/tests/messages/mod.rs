@@ -289,6 +289,7 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
 
 fn job_record() -> impl Strategy<Value = JobRecord> {
     let state = prop_oneof![
+        Just(JobState::Creating),
         Just(JobState::Initialising),
         Just(JobState::Running),
         wire_error().prop_map(JobState::Failed),
@@ -314,13 +315,14 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
 }
 
 fn roster() -> impl Strategy<Value = Roster> {
-    let member = (U32, text(), incarnation(), U64, option::of(U64)).prop_map(
-        |(rank, worker, incarnation, from_round, until_round)| Member {
+    let member = (U32, text(), incarnation(), U64, option::of(U64), BOOL).prop_map(
+        |(rank, worker, incarnation, from_round, until_round, confirmed)| Member {
             rank,
             worker,
             incarnation,
             from_round,
             until_round,
+            confirmed,
         },
     );
     (incarnation(), U64, BOOL, vec(member, 0..20)).prop_map(|(job, epoch, started, members)| Roster {
@@ -351,7 +353,8 @@ fn api_request() -> impl Strategy<Value = ApiRequest> {
             job,
             upload
         }),
-        (worker_ref(), text()).prop_map(|(worker, id)| ApiRequest::Join(Claim { worker, id })),
+        (worker_ref(), text(), option::of(incarnation()))
+            .prop_map(|(worker, id, replaces)| ApiRequest::Join(Claim { worker, id, replaces })),
         worker_ref().prop_map(ApiRequest::Leave),
         (worker_ref(), U64, BOOL).prop_map(|(worker, window_bytes, active)| ApiRequest::Beat {
             worker,

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use thalweg_protocol::{ErrorCode, Head, Ledger, Reject, Round, ShardIndex};
+use thalweg_protocol::{ErrorCode, Head, Ledger, Reject, Round, ShardIndex, WireError};
 
 use super::{Action, Engine, SPARE_BYTES};
 
@@ -63,6 +63,14 @@ impl Engine {
         let Some(known) = self.shards.get_mut(shard as usize) else { return Vec::new() };
         let before = known.version();
         if head.version < self.round || before >= Some(head.version) {
+            return Vec::new();
+        }
+        if self.full_roster && head.version > self.round {
+            let text = format!(
+                "rank {}: round {} was closed without it, so its lease has ended: join again",
+                self.rank, head.version
+            );
+            self.fail(WireError::new(ErrorCode::LeaseLost, text));
             return Vec::new();
         }
         self.news += 1;

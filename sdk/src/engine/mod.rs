@@ -16,6 +16,8 @@ mod pump;
 #[cfg(test)]
 mod tests;
 
+pub use pump::{held_up, void_after};
+
 /// Waits of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
@@ -136,6 +138,8 @@ pub struct Engine {
     roster_epoch: u64,
     streams: Vec<i64>,
     failure: Option<WireError>,
+    /// Every round waits for this worker.
+    full_roster: bool,
     /// Counts results and failures, for whoever waits for one.
     news: u64,
     advice: Option<WireError>,
@@ -181,12 +185,21 @@ impl Engine {
             roster_epoch: 0,
             streams: Vec::new(),
             failure: None,
+            full_roster: false,
             news: 0,
             advice: None,
             spare: Vec::new(),
             spare_bytes: 0,
             actions: Vec::new(),
         }
+    }
+
+    /// Every round of the job waits for all its members (it has no quorum): a round that was closed without
+    /// this worker then means that it is no member any more.
+    #[must_use]
+    pub fn full_roster(mut self, full: bool) -> Self {
+        self.full_roster = full;
+        self
     }
 
     /// The round that is being pushed.

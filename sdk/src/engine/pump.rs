@@ -2,9 +2,43 @@
 
 use std::time::Instant;
 
-use thalweg_protocol::{FrameBuilder, GradientHeader, Kind, Round, ShardIndex};
+use bytes::Bytes;
+use thalweg_protocol::{
+    Epoch, FrameBuilder, GradientHeader, Head, Incarnation, Kind, Rank, Round, ShardIndex,
+};
 
 use super::{Action, Engine, Sent, UNCONFIRMED_BYTES};
+
+/// A void for the round that follows `head`, from a worker of this job, life and rank.
+#[must_use]
+pub fn void_after(
+    (job, worker, rank): (Incarnation, Incarnation, Rank),
+    roster_epoch: Epoch,
+    shard: ShardIndex,
+    head: &Head,
+) -> Bytes {
+    let header = GradientHeader {
+        job,
+        shard,
+        round: head.version + 1,
+        worker,
+        rank,
+        roster_epoch,
+        base: head.state_id,
+        weight: 0.0,
+        void: true,
+        elements: 0,
+    };
+    FrameBuilder::new(Kind::Gradient, &header, 0).finish()
+}
+
+/// Shards on which a worker that joins holds others up: they are behind, and the round that they are at counts
+/// it from `from_round` on. It has not seen the state before that round, so it contributes voids.
+pub fn held_up(heads: &[Head], from_round: Round) -> impl Iterator<Item = (ShardIndex, &Head)> {
+    let newest = heads.iter().map(|head| head.version).max().unwrap_or(0);
+    let behind = move |head: &Head| head.version < newest && head.version + 1 >= from_round;
+    (0..).zip(heads).filter(move |(_, head)| behind(head))
+}
 
 impl Engine {
     /// Sends what may be sent: the lowest shard without a result always, others within window and pace, and
@@ -67,21 +101,11 @@ impl Engine {
             if shard.stood_aside.is_some_and(recent) {
                 continue;
             }
-            let header = GradientHeader {
-                job: self.job,
-                shard: u32::try_from(index).unwrap_or(u32::MAX),
-                round,
-                worker: self.worker,
-                rank: self.rank,
-                roster_epoch: self.roster_epoch,
-                base: head.state_id,
-                weight: 0.0,
-                void: true,
-                elements: 0,
-            };
-            let frame = FrameBuilder::new(Kind::Gradient, &header, 0).finish();
+            let shard = u32::try_from(index).unwrap_or(u32::MAX);
+            let identity = (self.job, self.worker, self.rank);
+            let frame = void_after(identity, self.roster_epoch, shard, &head);
             self.unconfirmed += frame.len() as u64;
-            self.actions.push(Action::Publish(header.shard, round, frame));
+            self.actions.push(Action::Publish(shard, round, frame));
             self.shards[index].stood_aside = Some((round, now));
         }
     }

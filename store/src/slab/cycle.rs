@@ -109,8 +109,9 @@ impl Slab {
             }
         }
         self.change_superblock(&mut lock(&self.common), |_| {})?;
-        // No cycle covers the superblock, and what it says may be seen as soon as the store serves.
-        if self.job.durability == Durability::Disk { self.sync() } else { Ok(()) }
+        // No cycle covers the superblock, and what it says may be seen as soon as the store serves: at any level
+        // that there is such a job, whose creation may have been cut short before it was synced.
+        self.sync()
     }
 
     /// Finds the uploads that were stored before the file was opened again.

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use thalweg_protocol::{Durability, Incarnation, Init, StoreJob, Version};
 
 use super::superblock::Superblock;
-use crate::slot::SlotHeader;
+use crate::{
+    mutation::{Bug, is_planted},
+    slot::SlotHeader,
+};
 
 /// What the shards of a job share.
 #[derive(Debug)]
@@ -109,6 +112,9 @@ impl Shard {
             Durability::Disk => [None; 2],
         };
         let active = common.superblock.active;
+        if is_planted(Bug::OverwriteDurable) && self.durable.is_some() {
+            return self.durable;
+        }
         let pinned = |slot: &Slot| {
             [self.current, self.flushing, self.durable, self.staged].contains(&Some(slot.index))
                 // The copies that this cut and the next one need.

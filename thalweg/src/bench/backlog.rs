@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use serde_json::json;
-use thalweg_broker::{Connection, NatsConfig, StreamsConfig, stream_depths};
+use thalweg_broker::{Connection, NatsConfig, Queues as _, StreamsConfig};
 use thalweg_protocol::Durability;
 use tokio_util::sync::CancellationToken;
 
@@ -140,7 +140,7 @@ async fn full_queue(url: &str) -> anyhow::Result<u64> {
     let partitions = StreamsConfig::default().partitions;
     let (begun, mut since, mut before) = (Instant::now(), Instant::now(), 0);
     loop {
-        let depths = stream_depths(&connection.jetstream, partitions).await?;
+        let depths = connection.jetstream.depths(partitions).await?;
         let bytes = depths.iter().map(|depth| depth.bytes).sum();
         if bytes != before {
             (since, before) = (Instant::now(), bytes);

@@ -12,7 +12,7 @@ use thalweg_functions::{Contribution, ShardContext};
 use thalweg_protocol::{
     CommitOutcome, ErrorCode, GradientHeader, Head, Incarnation, JobKey, JobRecord, JobSpec, JobState, Kind,
     Layout, Ledger, Member, Rank, Reject, Roster, Round, SettingsRevision, ShardIndex, StateId, StoreId,
-    StoreJob, checksum, frame, subjects,
+    checksum, frame, subjects,
 };
 use thalweg_store::{MemoryStore, ShardState, ShardStore};
 
@@ -156,6 +156,7 @@ impl World {
             incarnation: worker(rank),
             from_round: 1,
             until_round: None,
+            confirmed: true,
         });
         let roster = Roster { job: incarnation, epoch: 1, started: true, members: members.collect() };
         let record = JobRecord {
@@ -168,15 +169,7 @@ impl World {
             settings: vec![SettingsRevision { revision: 0, from_round: 0, function: spec.function.clone() }],
             spec,
         };
-        let job = StoreJob {
-            key: record.spec.key.clone(),
-            incarnation,
-            layout,
-            slots,
-            durability: record.spec.durability,
-            max_members: record.spec.max_members,
-            init: record.spec.init,
-        };
+        let job = record.store_job();
         now_or_never(self.store.create(job)).unwrap();
         self.registry.insert(record.spec.key.clone(), Some(Arc::new(Job::new(record, roster).unwrap())));
     }

@@ -1,0 +1,148 @@
+//! What a gateway does without being asked: reading rosters, expiring the silent, freeing windows.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use thalweg_broker::Queues;
+use thalweg_protocol::{ErrorCode, JobKey, Name, Partition, WireError, subjects};
+
+use crate::{
+    metrics,
+    service::{Gateway, describe},
+    windows::Windows,
+};
+
+impl Gateway {
+    /// The connection was lost and is back: nobody's silence meanwhile counts.
+    pub fn interrupted(&self) {
+        let now = (self.clock)();
+        self.shared().leases.interrupted(now);
+    }
+
+    /// Until when the lease is ours, if it is. A new leader reads all rosters first; as long as that fails it does
+    /// not act as one.
+    pub async fn lead(&self, until: Option<Instant>) {
+        if until.is_some_and(|until| (self.clock)() < until) && !self.shared().leads((self.clock)()) {
+            if let Err(error) = self.read_rosters().await {
+                tracing::info!(%error, "rosters not read yet");
+                return;
+            }
+            let now = (self.clock)();
+            let mut shared = self.shared();
+            let members = shared.members().into_iter().map(|worker| worker.incarnation);
+            shared.windows = Windows::new(self.window_budget_bytes, members);
+            shared.leases.interrupted(now);
+            shared.swept_at = now;
+        }
+        self.shared().leads_until = until;
+    }
+
+    async fn read_rosters(&self) -> Result<(), WireError> {
+        for record in &self.jobs.list().await? {
+            if let Some(roster) = self.jobs.roster_of(record).await? {
+                self.shared().remember(record, &roster);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a job that somebody wrote, so that heartbeats are judged by the newest state. `subject` is that
+    /// of the write ([`subjects::registry_hint`]).
+    pub async fn refresh(&self, subject: &str) {
+        let prefix = subjects::registry_hint("");
+        let mut tokens = subject.strip_prefix(prefix.as_str()).unwrap_or_default().split('.');
+        if !matches!(tokens.next(), Some("job" | "roster")) {
+            return;
+        }
+        let (Some(Ok(tenant)), Some(Ok(job))) = (tokens.next().map(Name::new), tokens.next().map(Name::new))
+        else {
+            return;
+        };
+        self.read_job(JobKey { tenant, job }).await;
+    }
+
+    async fn read_job(&self, key: JobKey) {
+        match self.jobs.get(&key).await {
+            Ok((record, roster)) => {
+                self.shared().remember(&record, &roster);
+            }
+            Err(error) if error.code == ErrorCode::UnknownJob => {
+                let mut shared = self.shared();
+                shared.rosters.remove(&key);
+                shared.levelled.remove(&key);
+            }
+            Err(error) => tracing::debug!(%error, %key, "job not read"),
+        }
+    }
+
+    /// How often to call [`Self::sweep`]: a few times a lease. Three times as long without a call is taken for a
+    /// time in which the gateway stood still.
+    #[must_use]
+    pub fn sweep_interval(&self) -> Duration {
+        (self.lease / 8).clamp(Duration::from_millis(20), Duration::from_secs(1))
+    }
+
+    /// Where this gateway leads: expires silent workers, levels shards that nobody else would, and frees the
+    /// windows of those whose messages are gone.
+    pub async fn sweep(&self, queues: &dyn Queues, partitions: Partition) {
+        let (expired, has_gone) = {
+            let now = (self.clock)();
+            let mut shared = self.shared();
+            // Frozen, or starved: what came meanwhile has not been taken in yet, so it was no silence.
+            let last = std::mem::replace(&mut shared.swept_at, now);
+            if now.duration_since(last) > 3 * self.sweep_interval() {
+                shared.leases.interrupted(now);
+            }
+            if !shared.leads(now) {
+                return;
+            }
+            let members = shared.members();
+            let present: HashSet<_> = members.iter().map(|worker| worker.incarnation).collect();
+            shared.windows.keep(|worker| present.contains(worker));
+            let (jobs, workers) = (shared.rosters.len(), members.len());
+            metrics::totals(jobs, workers, shared.windows.granted_bytes());
+            (shared.leases.expired(members, now), shared.windows.has_gone())
+        };
+        for worker in expired {
+            let (job, rank, incarnation) = describe(&worker);
+            let silent = {
+                // Time has passed since the others were removed.
+                let now = (self.clock)();
+                let shared = self.shared();
+                shared.leads(now) && shared.leases.is_silent(&worker, now)
+            };
+            if !silent {
+                continue;
+            }
+            match self.jobs.remove(&worker.key, worker.job, worker.incarnation).await {
+                Ok(()) => {
+                    tracing::warn!(job, rank, %incarnation, "worker expired after a lease of silence");
+                    metrics::expired();
+                    self.shared().windows.leave(worker.incarnation);
+                    // The hint of it may get lost, and the job may have been gone for long.
+                    self.read_job(worker.key).await;
+                }
+                Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
+            }
+        }
+        let unlevelled = self.shared().unlevelled();
+        for (key, epoch) in unlevelled {
+            match self.jobs.level_deserted(&key).await {
+                Ok(()) => drop(self.shared().levelled.insert(key, epoch)),
+                Err(error) => tracing::debug!(%key, %error, "shards not levelled yet"),
+            }
+        }
+        if has_gone && let Ok(depths) = queues.depths(partitions).await {
+            self.shared().windows.settle(&depths);
+        }
+    }
+
+    /// Bytes that workers may have in flight together, those of workers that left included until their
+    /// messages are gone.
+    #[must_use]
+    pub fn granted_bytes(&self) -> u64 {
+        self.shared().windows.granted_bytes()
+    }
+}

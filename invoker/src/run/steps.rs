@@ -1,0 +1,83 @@
+//! Moving partitions: performing the steps that [`crate::holdings`] decides on.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use thalweg_broker::Queues as _;
+use thalweg_protocol::{PLACEMENT_KEY, Partition, Placement};
+
+use super::{Done, Shell, now};
+use crate::{holdings::Step, partition::take_over};
+
+/// Longest pause before a takeover that failed is tried again.
+const RETAKE_PAUSE: Duration = Duration::from_millis(150);
+
+impl Shell {
+    /// Performs steps in order.
+    pub(super) async fn step(&mut self, steps: Vec<Step>) {
+        for step in steps {
+            match step {
+                Step::Take { partition, epoch, own } => {
+                    let (jetstream, registry) = (self.connection.jetstream.clone(), self.registry.clone());
+                    let (id, nonce) = (self.id.clone(), rand::random());
+                    self.work.push(Box::pin(async move {
+                        let at = (partition, epoch);
+                        let result = take_over(&jetstream, &registry, &id, at, own, nonce).await;
+                        Done::Took(partition, epoch, result)
+                    }));
+                }
+                Step::Tell(event) => {
+                    let actions = self.core.handle(event, now());
+                    self.perform(actions).await;
+                }
+                Step::Pull(partition) => self.pull(partition).await,
+                Step::Release(partition, consumer) => {
+                    // Acknowledgements on their way must arrive before their consumer goes.
+                    let _ = self.connection.client.flush().await;
+                    let _ = self.connection.jetstream.delete_consumer(partition, &consumer).await;
+                }
+                Step::ReadPlacement => {
+                    self.read_placement(RETAKE_PAUSE.mul_f64(rand::random_range(0.5..1.0)));
+                }
+            }
+        }
+    }
+
+    /// Goes on pulling where that was held back.
+    pub(super) async fn pull_again(&mut self) {
+        if self.starved && self.core.unknown_bytes() <= self.pull_bytes {
+            self.starved = false;
+            let held: Vec<_> = self.holdings.partitions().collect();
+            for partition in held {
+                self.pull(partition).await;
+            }
+        }
+    }
+
+    /// Asks for as many messages as there is room for. Not while too many wait for a look-up: they are in
+    /// nobody's budget.
+    pub(super) async fn pull(&mut self, partition: Partition) {
+        if self.core.unknown_bytes() > self.pull_bytes {
+            self.starved = true;
+            return;
+        }
+        let count = self.holdings.partitions().count().max(1);
+        let batch = (self.pull_bytes / count / self.average_bytes.max(1)).clamp(2, 128) as u64;
+        let Some(held) = self.holdings.pulled(partition) else { return };
+        if let Some((subject, body)) = held.pull(partition, batch) {
+            let reply = format!("{}.{partition}", self.inbox);
+            // A request that does not arrive is noticed by its silence.
+            let _ = self.connection.client.publish_with_reply(subject, reply, Bytes::from(body)).await;
+        }
+    }
+
+    /// Reads the placement, after a pause where taking over has just failed.
+    pub(super) fn read_placement(&self, pause: Duration) {
+        let registry = self.registry.clone();
+        self.work.push(Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            let placement = registry.get::<Placement>(PLACEMENT_KEY).await;
+            Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
+        }));
+    }
+}
