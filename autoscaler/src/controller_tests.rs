@@ -379,6 +379,35 @@ fn nothing_is_done_without_the_lease() {
 }
 
 #[test]
+fn a_standby_stops_its_own_invokers_once_the_leader_does_not_use_them() {
+    let mut world = World::serving(2);
+    let (used, unused) = (world.started[0].clone(), world.started[1].clone());
+    world.controller.lapsed();
+    world.beat("theirs");
+    // The new leader leaves one without partitions.
+    world.invokers.insert(unused.clone(), BTreeSet::new());
+    for _ in 0..11 {
+        world.now += 1000;
+        let epoch = |partition: Partition| (partition, 1);
+        for (id, partitions) in [(&used, vec![epoch(0)]), (&unused, Vec::new())] {
+            let beat = InvokerBeat {
+                invoker: id.clone(),
+                state: InvokerState::Ready,
+                partitions,
+                service_bytes_per_s: 0.0,
+                busy: 0.0,
+                held_messages: 0,
+                held_bytes: 0,
+                cpu_quota: 1.0,
+            };
+            world.controller.beat(beat, world.now);
+        }
+        world.step();
+    }
+    assert_eq!(world.stopped, [unused]);
+}
+
+#[test]
 fn handing_over_takes_the_partitions_from_our_own() {
     let mut world = World::serving(2);
     let placement = world.controller.hand_over(world.now).unwrap();

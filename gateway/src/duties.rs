@@ -14,6 +14,9 @@ use crate::{
     windows::Windows,
 };
 
+/// Jobs that are read again in one sweep, in case a hint of their change was lost.
+const MOST_READ: usize = 8;
+
 impl Gateway {
     /// The connection was lost and is back: nobody's silence meanwhile counts.
     pub fn interrupted(&self) {
@@ -66,12 +69,16 @@ impl Gateway {
     async fn read_job(&self, key: JobKey) {
         match self.jobs.get(&key).await {
             Ok((record, roster)) => {
-                self.shared().remember(&record, &roster);
+                let now = (self.clock)();
+                let mut shared = self.shared();
+                shared.remember(&record, &roster);
+                shared.read_at.insert(key, now);
             }
             Err(error) if error.code == ErrorCode::UnknownJob => {
                 let mut shared = self.shared();
                 shared.rosters.remove(&key);
                 shared.levelled.remove(&key);
+                shared.read_at.remove(&key);
             }
             Err(error) => tracing::debug!(%error, %key, "job not read"),
         }
@@ -87,7 +94,7 @@ impl Gateway {
     /// Where this gateway leads: expires silent workers, levels shards that nobody else would, and frees the
     /// windows of those whose messages are gone.
     pub async fn sweep(&self, queues: &dyn Queues, partitions: Partition) {
-        let (expired, has_gone) = {
+        let (expired, has_gone, stale) = {
             let now = (self.clock)();
             let mut shared = self.shared();
             // Frozen, or starved: what came meanwhile has not been taken in yet, so it was no silence.
@@ -103,8 +110,12 @@ impl Gateway {
             shared.windows.keep(|worker| present.contains(worker));
             let (jobs, workers) = (shared.rosters.len(), members.len());
             metrics::totals(jobs, workers, shared.windows.granted_bytes());
-            (shared.leases.expired(members, now), shared.windows.has_gone())
+            let stale = shared.stale(self.lease / 2, MOST_READ, now);
+            (shared.leases.expired(members, now), shared.windows.has_gone(), stale)
         };
+        for key in stale {
+            self.read_job(key).await;
+        }
         for worker in expired {
             let (job, rank, incarnation) = describe(&worker);
             let silent = {

@@ -46,6 +46,8 @@ pub(crate) struct Shared {
     pub(crate) rosters: BTreeMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
     /// Roster epochs whose shards were found level, or were levelled.
     pub(crate) levelled: BTreeMap<JobKey, u64>,
+    /// When each of them was last read to be up to date, for hints may get lost.
+    pub(crate) read_at: BTreeMap<JobKey, Instant>,
     /// When silent workers were last looked for.
     pub(crate) swept_at: Instant,
 }
@@ -61,6 +63,7 @@ impl Gateway {
             leads_until: None,
             rosters: BTreeMap::new(),
             levelled: BTreeMap::new(),
+            read_at: BTreeMap::new(),
             swept_at: clock(),
         };
         Self { jobs, clock, lease, window_budget_bytes, shared: Mutex::new(shared) }
@@ -220,6 +223,16 @@ impl Shared {
             (roster.started && !seen).then(|| (key.clone(), roster.epoch))
         };
         self.rosters.iter().filter_map(changed).collect()
+    }
+
+    /// Jobs that were not read for so long, the longest first, at most so many.
+    pub(crate) fn stale(&self, age: Duration, most: usize, now: Instant) -> Vec<JobKey> {
+        let read_at = |key: &JobKey| self.read_at.get(key).copied();
+        let old = |at: Option<Instant>| at.is_none_or(|at| now.duration_since(at) >= age);
+        let mut stale: Vec<_> =
+            self.rosters.keys().map(|key| (read_at(key), key)).filter(|(at, _)| old(*at)).collect();
+        stale.sort();
+        stale.into_iter().take(most).map(|(_, key)| key.clone()).collect()
     }
 
     /// Live members of all known rosters.

@@ -204,6 +204,27 @@ impl<P: Copy + PartialEq> Broker<P> {
         stream.messages.remove(&sequence)
     }
 
+    /// Delivers a message again, if it is delivered and not acknowledged: its acknowledgement wait has run out,
+    /// or its consumer has refused it. Returns whether it was.
+    pub fn redeliver(&mut self, partition: Partition, sequence: u64) -> bool {
+        let consumer = self.stream(partition).ok().and_then(|stream| stream.consumer.as_mut());
+        let Some(consumer) = consumer else { return false };
+        let was = consumer.pending.remove(&sequence);
+        if was {
+            // Before what was never delivered.
+            consumer.waiting.push_front(sequence);
+        }
+        was
+    }
+
+    /// Messages of a partition that are delivered and not acknowledged.
+    #[must_use]
+    pub fn unacknowledged(&self, partition: Partition) -> Vec<u64> {
+        let stream = self.streams.get(usize::from(partition)).and_then(Option::as_ref);
+        let consumer = stream.and_then(|stream| stream.consumer.as_ref());
+        consumer.map(|consumer| consumer.pending.iter().copied().collect()).unwrap_or_default()
+    }
+
     /// One queue with its consumers.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ impl World {
         if actors.is_empty() {
             return Ok(None);
         }
-        let what = match self.fault_rng.random_range(0..21) {
+        let what = match self.fault_rng.random_range(0..22) {
             0..3 => {
                 let actor = some(self);
                 self.dies(actor);
@@ -64,6 +64,7 @@ impl World {
                 None => return Ok(None),
             },
             19 => self.strands_invoker(),
+            20 => self.redelivers(),
             _ => {
                 let for_ms = self.fault_rng.random_range(10..1500);
                 self.kill_broker(for_ms);
@@ -130,6 +131,19 @@ impl World {
             self.later(delay, Event::Start(Actor::Store));
         }
         "the power fails under the store".to_owned()
+    }
+
+    /// Acknowledgement waits run out.
+    fn redelivers(&mut self) -> String {
+        let mut again = 0;
+        for partition in 0..self.partitions {
+            // The oldest first in the end: each goes before what waits.
+            for sequence in self.broker.unacknowledged(partition).into_iter().rev() {
+                again += u32::from(self.broker.redeliver(partition, sequence));
+            }
+            self.deliver(partition);
+        }
+        format!("{again} messages are delivered again")
     }
 
     /// The next invoker that commits is cut off right after it, and meanwhile the broker forgets its queues and a

@@ -16,6 +16,8 @@ mod invoker;
 mod minimise;
 mod mutation;
 mod network;
+mod outcome;
+mod process;
 mod scenario;
 mod services;
 mod store;

@@ -89,9 +89,16 @@ impl Body {
     pub(crate) fn is_noise(&self) -> bool {
         match self {
             Self::Beat(_) | Self::Pull { .. } | Self::Hint(_) | Self::Request { beat: true, .. } => true,
+            Self::Ask(_, Ask::Update(key, ..)) => key.starts_with("lease."),
             Self::Ask(_, ask) => matches!(
                 ask,
-                Ask::Beat(_) | Ask::Entry(_) | Ask::Depths | Ask::Ensure | Ask::Keys | Ask::Sleep(_)
+                Ask::Beat(_)
+                    | Ask::Entry(_)
+                    | Ask::Depths
+                    | Ask::Ensure
+                    | Ask::Keys
+                    | Ask::Look(_)
+                    | Ask::Sleep(_)
             ),
             Self::Answer(_, answer) => !matches!(
                 answer,

@@ -190,7 +190,7 @@ impl World {
     }
 
     /// Sends what a partition's consumer has been asked for.
-    fn deliver(&mut self, partition: thalweg_protocol::Partition) {
+    pub(crate) fn deliver(&mut self, partition: thalweg_protocol::Partition) {
         for delivery in self.broker.deliveries(partition) {
             let message = Delivered {
                 partition,

@@ -2,13 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    future::Future,
-    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    task::{Context, Poll, Waker},
     time::Instant,
 };
 
@@ -28,10 +25,11 @@ use thalweg_store::ShardState;
 use crate::{
     Mutation, Options, Report, autoscaler,
     broker::Broker,
-    calls::{CallId, Remote},
+    calls::CallId,
     check::Checker,
     gateway, invoker,
     network::{Actor, Body, Millis},
+    process::{Process, TIMEOUT_MS},
     scenario::Scenario,
     store, worker,
 };
@@ -99,26 +97,6 @@ pub(crate) enum Done {
     Deleted,
 }
 
-type Task = Pin<Box<dyn Future<Output = Done>>>;
-
-/// A process: its connection to the broker, and what it waits for.
-struct Process {
-    /// Tells it from those before it.
-    life: u32,
-    up: bool,
-    /// Grows whenever the connection breaks.
-    epoch: u32,
-    /// What the client sends once it is connected again.
-    outbox: Vec<(Actor, Body)>,
-    remote: Remote,
-    tasks: Vec<Task>,
-    frozen_until: Millis,
-    /// Its way to the broker is cut until then.
-    cut_until: Millis,
-    /// Dies after so many more messages.
-    dies_after: Option<u32>,
-}
-
 pub(crate) struct World {
     pub(crate) rng: StdRng,
     /// Faults are drawn from numbers of their own, so that one can be left out without changing the others.
@@ -130,18 +108,18 @@ pub(crate) struct World {
     order: u64,
     queue: BTreeMap<(Millis, u64), Event>,
     /// When the last message between two will arrive.
-    last: BTreeMap<(Actor, Actor, u8), Millis>,
-    processes: BTreeMap<Actor, Process>,
+    pub(crate) last: BTreeMap<(Actor, Actor, u8), Millis>,
+    pub(crate) processes: BTreeMap<Actor, Process>,
     /// Processes with tasks to look at.
-    awake: BTreeSet<Actor>,
-    doomed: BTreeSet<Actor>,
-    lives: u32,
-    call_ids: Arc<AtomicU64>,
+    pub(crate) awake: BTreeSet<Actor>,
+    pub(crate) doomed: BTreeSet<Actor>,
+    pub(crate) lives: u32,
+    pub(crate) call_ids: Arc<AtomicU64>,
     mutation: Option<Mutation>,
 
     pub(crate) partitions: Partition,
     pub(crate) files: bool,
-    direct: bool,
+    pub(crate) direct: bool,
     pub(crate) lease_ms: Millis,
     pub(crate) window_budget: u64,
     pub(crate) window_divisor: u64,
@@ -153,7 +131,7 @@ pub(crate) struct World {
 
     pub(crate) broker: Broker<(Actor, u32)>,
     pub(crate) broker_up: bool,
-    broker_life: u32,
+    pub(crate) broker_life: u32,
     pub(crate) refuses_until: Millis,
     /// The next invoker that commits is cut off for so long; the broker is killed after so long, for so long.
     pub(crate) strands: Option<(Millis, (Millis, Millis))>,
@@ -179,15 +157,11 @@ pub(crate) struct World {
     pub(crate) faults: u32,
     skip: BTreeSet<u32>,
     pub(crate) struck: Vec<(u32, Millis, String)>,
-    deleting: Option<bool>,
+    pub(crate) deleting: Option<bool>,
     steps: u64,
     trace: Option<Vec<String>>,
 }
 
-/// Time-out of a request.
-pub(crate) const TIMEOUT_MS: Millis = 600;
-/// Virtual time after the last fault in which everything must come to its end.
-const PATIENCE_MS: Millis = 60_000;
 /// Lines of history that are kept.
 const TRACE_LINES: usize = 20_000;
 
@@ -331,7 +305,7 @@ impl World {
     }
 
     /// Runs tasks that may go on, and buries the doomed.
-    fn follow_up(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn follow_up(&mut self) -> anyhow::Result<()> {
         loop {
             if let Some(actor) = self.doomed.pop_first() {
                 self.note(|| format!("{actor:?} dies"));
@@ -356,86 +330,6 @@ impl World {
         (until > self.now).then_some(until)
     }
 
-    /// Whether all is done; a violation when that takes too long.
-    fn is_over(&mut self) -> anyhow::Result<bool> {
-        let finished = |host: &worker::Host| {
-            matches!(host.state, worker::State::Done | worker::State::Away { returns: false })
-        };
-        let finished = self.workers.iter().all(finished);
-        // A gateway that was frozen may answer an old request to open a job after its deletion.
-        let again =
-            self.deleting == Some(true) && self.broker.keys().iter().any(|key| key.starts_with("job."));
-        if finished && (self.deleting.is_none() || again) {
-            self.deleting = Some(false);
-            self.operator_deletes();
-            self.follow_up()?;
-        }
-        let left = self.leftovers()?;
-        if finished && self.deleting == Some(true) && left.is_none() {
-            return Ok(true);
-        }
-        if self.now > self.faults_until + PATIENCE_MS {
-            let invariant = if finished { "L2" } else { "L1" };
-            let text = format!(
-                "{} s after the last fault: {}; {}",
-                PATIENCE_MS / 1000,
-                self.unfinished(),
-                left.unwrap_or_default()
-            );
-            self.checker.fail(invariant, None, text);
-        }
-        Ok(false)
-    }
-
-    /// What is left of anything, if something is.
-    fn leftovers(&self) -> anyhow::Result<Option<String>> {
-        match self.broker.depths() {
-            Ok(depths) if depths.iter().all(|depth| depth.messages == 0) => {}
-            Ok(depths) => {
-                let counts: Vec<_> = depths.iter().map(|depth| depth.messages).collect();
-                return Ok(Some(format!("messages in the queues: {counts:?}")));
-            }
-            Err(error) => return Ok(Some(error.to_string())),
-        }
-        // Those whose autoscaler has died are nobody's to stop.
-        let owned: Vec<_> = (self.invokers.iter())
-            .filter(|(_, host)| self.autoscalers.contains_key(&host.starter))
-            .map(|(number, _)| number)
-            .collect();
-        if !owned.is_empty() {
-            return Ok(Some(format!("invokers: {owned:?}")));
-        }
-        let expected = |key: &String| {
-            ["placement", "streams", "store"].contains(&key.as_str())
-                || key.starts_with("lease.")
-                || key.starts_with("suspect.")
-        };
-        let keys: Vec<_> = self.broker.keys().into_iter().filter(|key| !expected(key)).collect();
-        if !keys.is_empty() {
-            return Ok(Some(format!("keys in the registry: {keys:?}")));
-        }
-        let slabs = self.store.slabs()?;
-        if !slabs.is_empty() {
-            return Ok(Some(format!("slabs in the store: {slabs:?}")));
-        }
-        let granted: u64 =
-            (self.gateways.values().filter(|host| host.leads)).map(|host| host.gateway.granted_bytes()).sum();
-        Ok((granted > 0).then(|| format!("{granted} bytes of windows granted to nobody")))
-    }
-
-    fn unfinished(&self) -> String {
-        let workers: Vec<_> = (self.workers.iter())
-            .map(|host| match &host.state {
-                worker::State::Away { returns } => format!("away, returns: {returns}"),
-                worker::State::Joining => "joining".to_owned(),
-                worker::State::Training(training) => format!("in round {}", training.engine.round()),
-                worker::State::Leaving => "leaving".to_owned(),
-                worker::State::Done => "done".to_owned(),
-            })
-            .collect();
-        format!("workers {workers:?} of {} rounds, shards at {:?}", self.rounds, self.checker.progress())
-    }
-
     pub(crate) fn mutated(&self, mutation: Mutation) -> bool {
         self.mutation == Some(mutation)
     }
@@ -452,32 +346,9 @@ impl World {
         self.at(self.now + delay, event);
     }
 
-    fn at(&mut self, at: Millis, event: Event) {
+    pub(crate) fn at(&mut self, at: Millis, event: Event) {
         self.order += 1;
         self.queue.insert((at, self.order), event);
-    }
-
-    pub(crate) fn life(&self, actor: Actor) -> u32 {
-        self.processes.get(&actor).map_or(0, |process| process.life)
-    }
-
-    pub(crate) fn epoch(&self, actor: Actor) -> u32 {
-        match actor {
-            Actor::Broker => self.broker_life,
-            actor => self.processes.get(&actor).map_or(0, |process| process.epoch),
-        }
-    }
-
-    pub(crate) fn is_connected(&self, actor: Actor) -> bool {
-        self.broker_up && self.processes.get(&actor).is_some_and(|process| process.up)
-    }
-
-    pub(crate) fn actors(&self) -> Vec<Actor> {
-        self.processes.keys().copied().filter(|actor| *actor != Actor::Operator).collect()
-    }
-
-    pub(crate) fn is_frozen(&self, actor: Actor) -> bool {
-        self.processes.get(&actor).is_some_and(|process| process.frozen_until > self.now)
     }
 
     pub(crate) fn timer(&mut self, delay: Millis, actor: Actor, timer: Timer) {
@@ -488,185 +359,6 @@ impl World {
     pub(crate) fn local(&mut self, delay: Millis, actor: Actor, body: Body) {
         let life = self.life(actor);
         self.later(delay, Event::Local(actor, life, body));
-    }
-
-    /// A process begins.
-    pub(crate) fn born(&mut self, actor: Actor) {
-        self.lives += 1;
-        let process = Process {
-            life: self.lives,
-            up: self.broker_up,
-            epoch: self.lives,
-            outbox: Vec::new(),
-            remote: Remote::new(self.call_ids.clone()),
-            tasks: Vec::new(),
-            frozen_until: 0,
-            cut_until: 0,
-            dies_after: None,
-        };
-        self.processes.insert(actor, process);
-    }
-
-    /// A process is gone.
-    pub(crate) fn end(&mut self, actor: Actor) {
-        self.processes.remove(&actor);
-        self.broker.disconnected(|(puller, _)| *puller == actor);
-        match actor {
-            Actor::Invoker(number) => {
-                if let Some(host) = self.invokers.remove(&number)
-                    && let Some(starter) = self.autoscalers.get_mut(&host.starter)
-                {
-                    starter.ended.push(format!("i{number}"));
-                }
-            }
-            Actor::Gateway(number) => drop(self.gateways.remove(&number)),
-            Actor::Autoscaler(number) => drop(self.autoscalers.remove(&number)),
-            Actor::Worker(index) => drop(self.windows.remove(&self.workers[index as usize].life)),
-            Actor::Store => self.store_serves = false,
-            Actor::Broker | Actor::Operator => {}
-        }
-    }
-
-    /// It will die as soon as this event is over, and is not heard any more.
-    pub(crate) fn doom(&mut self, actor: Actor) {
-        self.doomed.insert(actor);
-    }
-
-    pub(crate) fn dies_after(&mut self, actor: Actor, messages: u32) {
-        if let Some(process) = self.processes.get_mut(&actor) {
-            process.dies_after = Some(messages);
-        }
-    }
-
-    pub(crate) fn freeze(&mut self, actor: Actor, until: Millis) {
-        if let Some(process) = self.processes.get_mut(&actor) {
-            process.frozen_until = until;
-        }
-    }
-
-    pub(crate) fn disconnect(&mut self, actor: Actor, for_ms: Millis) {
-        self.lives += 1;
-        let epoch = self.lives;
-        if let Some(process) = self.processes.get_mut(&actor) {
-            process.up = false;
-            process.epoch = epoch;
-            process.cut_until = self.now + for_ms;
-            self.broker.disconnected(|(puller, _)| *puller == actor);
-            self.later(for_ms, Event::Reconnect(actor, epoch));
-        }
-    }
-
-    pub(crate) fn kill_broker(&mut self, for_ms: Millis) {
-        if !self.broker_up {
-            return;
-        }
-        self.broker.restart();
-        self.broker_up = false;
-        self.broker_life += 1;
-        for process in self.processes.values_mut() {
-            process.up = false;
-            self.lives += 1;
-            process.epoch = self.lives;
-        }
-        self.later(for_ms, Event::Start(Actor::Broker));
-    }
-
-    pub(crate) fn remote(&self, actor: Actor) -> Remote {
-        match self.processes.get(&actor) {
-            Some(process) => process.remote.clone(),
-            // Of a process that is gone: nothing comes of it.
-            None => Remote::new(self.call_ids.clone()),
-        }
-    }
-
-    pub(crate) fn spawn(&mut self, actor: Actor, task: impl Future<Output = Done> + 'static) {
-        if let Some(process) = self.processes.get_mut(&actor) {
-            process.tasks.push(Box::pin(task));
-            self.awake.insert(actor);
-        }
-    }
-
-    fn run_tasks(&mut self, actor: Actor) -> anyhow::Result<()> {
-        let Some(process) = self.processes.get_mut(&actor) else { return Ok(()) };
-        let (life, remote) = (process.life, process.remote.clone());
-        let mut done = Vec::new();
-        let mut context = Context::from_waker(Waker::noop());
-        process.tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
-            Poll::Ready(end) => {
-                done.push(end);
-                false
-            }
-            Poll::Pending => true,
-        });
-        for (id, ask) in remote.take() {
-            if let crate::calls::Ask::Sleep(delay) = ask {
-                self.local(delay, actor, Body::Answer(id, crate::calls::Answer::Done));
-                continue;
-            }
-            let to = if matches!(ask, crate::calls::Ask::Store(_)) { Actor::Store } else { Actor::Broker };
-            self.send(actor, to, Body::Ask(id, ask));
-            self.local(TIMEOUT_MS, actor, Self::call_lost(id));
-        }
-        if !done.is_empty() {
-            self.awake.insert(actor);
-        }
-        for end in done {
-            if self.life(actor) != life || self.doomed.contains(&actor) {
-                break;
-            }
-            match actor {
-                Actor::Worker(index) => self.worker_done(index, end),
-                Actor::Gateway(number) => self.gateway_done(number, end),
-                Actor::Autoscaler(number) => self.autoscaler_done(number, end),
-                Actor::Invoker(number) => self.invoker_done(number, end),
-                Actor::Store => self.store_done(end)?,
-                Actor::Operator => self.deleting = Some(true),
-                Actor::Broker => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends a message. Where the sender is not connected, its client keeps it until it is.
-    pub(crate) fn send(&mut self, from: Actor, to: Actor, body: Body) {
-        if self.doomed.contains(&from) {
-            return;
-        }
-        let door = |one, other| matches!((one, other), (Actor::Invoker(_), Actor::Store));
-        let direct = self.direct && (door(from, to) || door(to, from));
-        if let Some(process) = self.processes.get_mut(&from) {
-            match &mut process.dies_after {
-                Some(0) => return self.doom(from),
-                Some(left) => *left -= 1,
-                None => {}
-            }
-            if !process.up && !direct {
-                process.outbox.push((to, body));
-                return;
-            }
-        }
-        let delay = if self.rng.random_bool(0.05) {
-            self.rng.random_range(0..150)
-        } else {
-            self.rng.random_range(0..8)
-        };
-        // A connection keeps the order of all that is sent on it.
-        let class = if from == Actor::Broker { body.class() } else { 0 };
-        let last = self.last.entry((from, to, class)).or_default();
-        let at = (self.now + delay).max(*last);
-        *last = at;
-        if matches!(body, Body::Hint(_)) {
-            // Nothing depends on hints, so they may come late or never.
-            match self.rng.random_range(0..10) {
-                0..5 => return,
-                5 => self.last.insert((from, to, class), at + 500).map_or((), drop),
-                _ => {}
-            }
-        }
-        let at = self.last.get(&(from, to, class)).copied().unwrap_or(at).max(at);
-        let mark = |actor| if direct { self.life(actor) } else { self.epoch(actor) };
-        let message = Event::Message { from: (from, mark(from)), to: (to, mark(to)), direct, body };
-        self.at(at, message);
     }
 
     fn happen(&mut self, event: Event) -> anyhow::Result<()> {

@@ -294,3 +294,50 @@ fn a_failed_cycle_is_never_followed_by_a_good_one() {
         assert_eq!(running.await.unwrap().unwrap_err().code(), ErrorCode::Unavailable);
     });
 }
+
+/// Whoever dies while opening after a power loss leaves it to be found by the next one.
+#[test]
+fn a_power_loss_is_noticed_however_often_opening_is_cut_short() {
+    for left in 0..40 {
+        let mut machine = Machine::new(left);
+        let history = History::new(small());
+        life(async || {
+            let store = machine.open().unwrap();
+            store.create(history.job.clone()).await.unwrap();
+        });
+        machine.power_loss();
+        machine.fuse.set(Some(left));
+        let opened = life(async || machine.open().is_ok());
+        machine.fuse.set(None);
+        life(async || {
+            let store = machine.open().unwrap();
+            let error = store.heads(history.job.incarnation, 0, 1).await.unwrap_err();
+            assert_eq!(error.code(), ErrorCode::Diverged, "after {left} operations (whole: {opened})");
+        });
+    }
+}
+
+/// A job that the store has said to be there is there after a power loss, whatever its creation went through.
+#[test]
+fn a_creation_cut_short_and_asked_for_again_survives() {
+    for left in 0..8 {
+        let mut machine = Machine::new(left);
+        let history = History::new(small());
+        life(async || {
+            let store = machine.open().unwrap();
+            machine.fuse.set(Some(left));
+            let _ = store.create(history.job.clone()).await;
+        });
+        machine.fuse.set(None);
+        life(async || {
+            let store = machine.open().unwrap();
+            store.create(history.job.clone()).await.unwrap();
+        });
+        machine.power_loss();
+        life(async || {
+            let store = machine.open().unwrap();
+            let error = store.heads(history.job.incarnation, 0, 1).await.unwrap_err();
+            assert_eq!(error.code(), ErrorCode::Diverged, "known, if not usable, after {left} operations");
+        });
+    }
+}

@@ -51,6 +51,8 @@ trait Subject {
     async fn arrived(&mut self) -> Option<Arrived>;
     /// Acknowledges what this consumer once delivered. Nobody answers.
     async fn acknowledge(&mut self, partition: Partition, consumer: &str, sequence: u64);
+    /// Refuses what this consumer once delivered, so that it is delivered again.
+    async fn refuse(&mut self, partition: Partition, consumer: &str, sequence: u64);
     async fn entry(&mut self, key: &str) -> (Option<Bytes>, Revision);
     async fn update(&mut self, key: &str, value: &str, expect: Revision) -> Result<Revision, Conflict>;
     async fn purge(&mut self, key: &str, expect: Revision) -> Result<(), Conflict>;
@@ -127,6 +129,11 @@ impl Subject for Model {
 
     async fn acknowledge(&mut self, partition: Partition, consumer: &str, sequence: u64) {
         self.broker.acknowledge(partition, consumer, sequence);
+    }
+
+    async fn refuse(&mut self, partition: Partition, _: &str, sequence: u64) {
+        assert!(self.broker.redeliver(partition, sequence));
+        self.deliver(partition);
     }
 
     async fn entry(&mut self, key: &str) -> (Option<Bytes>, Revision) {
@@ -273,6 +280,11 @@ impl Subject for Real {
         self.connection.client.flush().await.expect("sent");
     }
 
+    async fn refuse(&mut self, partition: Partition, consumer: &str, sequence: u64) {
+        let reply = self.replies[&(partition, consumer.to_owned(), sequence)].clone();
+        self.connection.client.publish(reply, "-NAK".into()).await.expect("sent");
+    }
+
     async fn entry(&mut self, key: &str) -> (Option<Bytes>, Revision) {
         Bucket::entry(&self.bucket, key).await.expect("an answer")
     }
@@ -390,6 +402,28 @@ async fn a_replacement_gets_all_that_is_not_acknowledged(subject: &mut dyn Subje
     subject.acknowledge(0, "e2-y", 3).await;
     settles(subject, 0, 1).await;
     assert_eq!(subject.read(0, 1).await, Ok(Some("a".into())));
+}
+
+async fn what_is_delivered_again_counts_as_another_delivery(subject: &mut dyn Subject) {
+    subject.ensure().await;
+    for text in ["a", "b", "c"] {
+        subject.publish(0, text).await.expect("stored");
+    }
+    subject.create(0, "e1-x").await.expect("created");
+    subject.pull(0, "e1-x", 2).await;
+    message(subject).await;
+    message(subject).await;
+    subject.refuse(0, "e1-x", 1).await;
+    subject.pull(0, "e1-x", 2).await;
+    // One of both comes first: redeliveries are not in the order of the stream.
+    let mut came = [message(subject).await, message(subject).await];
+    assert_eq!([came[0].1, came[1].1], [3, 4], "numbered on");
+    came.sort_by_key(|(_, _, sequence, _)| *sequence);
+    assert_eq!((came[0].2, &came[0].3, came[1].2), (1, &Bytes::from("a"), 3));
+    for (consumer, _, sequence, _) in came {
+        subject.acknowledge(0, &consumer, sequence).await;
+    }
+    settles(subject, 0, 1).await;
 }
 
 async fn late_acknowledgements_hit_a_consumer_of_the_same_name(subject: &mut dyn Subject) {
@@ -535,6 +569,7 @@ macro_rules! behaves {
             a_consumer_gets_everything_in_order_and_by_credit(&mut $start(files).await).await;
             a_queue_has_one_consumer(&mut $start(files).await).await;
             a_replacement_gets_all_that_is_not_acknowledged(&mut $start(files).await).await;
+            what_is_delivered_again_counts_as_another_delivery(&mut $start(files).await).await;
             messages_are_read_by_sequence_until_they_are_acknowledged(&mut $start(files).await).await;
             pulling_from_a_consumer_that_is_gone_is_noticed(&mut $start(files).await).await;
             depths_tell_first_and_last(&mut $start(files).await).await;

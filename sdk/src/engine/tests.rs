@@ -393,3 +393,14 @@ fn a_worker_left_behind_stands_aside_in_the_rounds_that_others_began() {
     assert_eq!(bench.engine.round(), 3);
     assert_eq!(bench.push(0), ["publish 0@3"]);
 }
+
+#[test]
+fn a_round_closed_without_a_member_that_all_wait_for_means_that_it_is_none_any_more() {
+    let mut bench = Bench::new(2, u64::MAX);
+    bench.engine = bench.engine.full_roster(true);
+    bench.push(0);
+    bench.push(1);
+    assert!(bench.result(0, 2).is_empty());
+    assert_eq!(bench.engine.failure().unwrap().code, ErrorCode::LeaseLost);
+    assert_eq!(bench.engine.head(0), Some(head(0)), "no version is handed out with a gap");
+}
