@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Error, Job, Worker,
     driver::{Driver, Shared, ask_store, read_heads, read_streams},
-    engine::{Engine, Timing, held_up, void_after},
+    engine::{Engine, Timing, first_round, held_up, void_after},
 };
 
 /// Longest wait for one reply of the gateway.
@@ -243,18 +243,12 @@ impl Client {
         let roster =
             self.wait_for_start(&record, (&worker, window_bytes), roster, lease, &mut patience).await?;
         let from_round = roster.tenure(worker.incarnation).map_or(1, |member| member.from_round);
-        // Round `from_round` waits for this worker, so every shard comes to stand right before it.
-        let heads = loop {
+        let (heads, round) = loop {
             match read_heads(&self.connection.client, &record).await {
-                // Equal, too: in a job with a quorum the others may be in the middle of a later round.
-                Ok(heads)
-                    if heads
-                        .iter()
-                        .all(|head| head.version + 1 >= from_round && head.version == heads[0].version) =>
-                {
-                    break heads;
-                }
                 Ok(heads) => {
+                    if let Some(round) = first_round(&heads, from_round) {
+                        break (heads, round);
+                    }
                     self.stand_aside(&record, &worker, &roster, from_round, &heads).await;
                     patience.wait("the present round to end", "other workers are in it").await?;
                 }
@@ -263,8 +257,6 @@ impl Client {
             }
             self.keep_alive(&worker, window_bytes).await?;
         };
-        // With a quorum others may have gone on meanwhile: begin where they are.
-        let round = heads.iter().map(|head| head.version).max().unwrap_or(0).max(from_round - 1) + 1;
         let shards = u64::from(record.layout.shards());
         let model_bytes = record.layout.elements * 4 + shards * 256;
         let streams = read_streams(&registry, &record).await.unwrap_or_default();

@@ -384,13 +384,7 @@ impl World {
             Done::Core(event) => self.tell(number, event),
             Done::Took(partition, epoch, taken) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
-                let steps = match taken {
-                    Ok(thalweg_invoker::Takeover::HigherEpoch(theirs)) => {
-                        let taken = Ok(thalweg_invoker::Takeover::HigherEpoch(theirs));
-                        host.holdings.took(partition, epoch, taken, now)
-                    }
-                    taken => host.holdings.took(partition, epoch, taken, now),
-                };
+                let steps = host.holdings.took(partition, epoch, taken, now);
                 self.step(number, steps);
             }
             Done::Placement(Some(placement)) => {

@@ -322,7 +322,7 @@ impl World {
                 let at = (commit.job, commit.shard);
                 self.checker.committed(at, &commit.ledger, state, outcome);
             }
-            let bytes = self.reply_as_mutated(answered.id, reply, values, answered.reply);
+            let bytes = self.reply_as_mutated(reply, values, answered.reply);
             if let Some(bytes) = bytes {
                 self.send(Actor::Store, answered.to, Body::Answer(answered.id, Answer::Frame(bytes)));
             }
@@ -334,13 +334,7 @@ impl World {
     }
 
     /// Bugs in what the store answers.
-    fn reply_as_mutated(
-        &mut self,
-        id: CallId,
-        reply: StoreReply,
-        values: Bytes,
-        bytes: Bytes,
-    ) -> Option<Bytes> {
+    fn reply_as_mutated(&mut self, reply: StoreReply, values: Bytes, bytes: Bytes) -> Option<Bytes> {
         match reply {
             StoreReply::Commit(CommitOutcome::AlreadyCommitted(_))
                 if self.mutated(Mutation::AlreadyCommittedForgotten) =>
@@ -361,8 +355,7 @@ impl World {
                 if self.mutated(Mutation::SlotReusedUnderReader) && !values.is_empty() =>
             {
                 // What a reader without the lock could get: the old head, and bytes of the next version.
-                let before = self.half_read.insert(u64::from(head.version.is_multiple_of(2)), values.clone());
-                let _ = id;
+                let before = self.half_read.insert(head.version.is_multiple_of(2), values.clone());
                 let other = before.filter(|other| other.len() == values.len() && *other != values);
                 let Some(other) = other else { return Some(bytes) };
                 let half = values.len() / 8 * 4;

@@ -11,10 +11,10 @@ use bytes::Bytes;
 use rand::{RngExt as _, seq::SliceRandom as _};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, ErrorCode, FrameBuilder, GradientHeader, Head, Incarnation, JobRecord,
-    JobSpec, JobState, Kind, NonFinite, Rank, Reject, ResultHeader, Roster, STREAMS_KEY, ShardIndex, Streams,
-    WireError, WorkerRef, frame, limits, subjects,
+    JobSpec, JobState, Kind, NonFinite, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY, ShardIndex,
+    Streams, WireError, WorkerRef, frame, limits, subjects,
 };
-use thalweg_sdk::engine::{Action, Engine, Timing, held_up, void_after};
+use thalweg_sdk::engine::{Action, Engine, Timing, first_round, held_up, void_after};
 use thalweg_store::ShardStore as _;
 
 use crate::{
@@ -74,6 +74,7 @@ pub(crate) struct Joined {
     roster: Roster,
     window_bytes: u64,
     heads: Vec<Head>,
+    round: Round,
     streams: Vec<i64>,
 }
 
@@ -168,16 +169,12 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
         }
     }
     let from_round = roster.tenure(life).map_or(1, |member| member.from_round);
-    let heads = loop {
+    let (heads, round) = loop {
         match remote.store().heads(record.incarnation, 0, record.layout.shards()).await {
-            Ok(heads)
-                if heads
-                    .iter()
-                    .all(|head| head.version + 1 >= from_round && head.version == heads[0].version) =>
-            {
-                break heads;
-            }
             Ok(heads) => {
+                if let Some(round) = first_round(&heads, from_round) {
+                    break (heads, round);
+                }
                 for (shard, head) in held_up(&heads, from_round) {
                     let frame = void_after((record.incarnation, life, rank), roster.epoch, shard, head);
                     let partition = record.partition(shard);
@@ -192,7 +189,7 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
         keep_alive(&remote, &worker, window_bytes).await?;
     };
     let streams = read_streams(&remote, &record).await.unwrap_or_default();
-    Ok(Joined { record, worker, roster, window_bytes, heads, streams })
+    Ok(Joined { record, worker, roster, window_bytes, heads, round, streams })
 }
 
 impl World {
@@ -275,9 +272,7 @@ impl World {
             Ok(joined) => joined,
             Err(error) => return self.training_ends(index, &error),
         };
-        let Joined { record, worker, roster, window_bytes, heads, streams } = joined;
-        let from_round = roster.tenure(life).map_or(1, |member| member.from_round);
-        let round = heads.iter().map(|head| head.version).max().unwrap_or(0).max(from_round - 1) + 1;
+        let Joined { record, worker, roster, window_bytes, heads, round, streams } = joined;
         let model_bytes = record.layout.elements * 4 + u64::from(record.layout.shards()) * 256;
         let identity = (record.incarnation, life, worker.rank);
         let now = self.instant();

@@ -137,8 +137,8 @@ pub(crate) struct World {
     pub(crate) strands: Option<(Millis, (Millis, Millis))>,
     pub(crate) store: store::Host,
     pub(crate) store_serves: bool,
-    /// Half of a read, for [`Mutation::SlotReusedUnderReader`].
-    pub(crate) half_read: BTreeMap<CallId, Bytes>,
+    /// What was read last of an even and of an odd version, for [`Mutation::SlotReusedUnderReader`].
+    pub(crate) half_read: BTreeMap<bool, Bytes>,
     /// Where shards stood when the store was started.
     pub(crate) restarted_at: BTreeMap<(Incarnation, ShardIndex), u64>,
     pub(crate) workers: Vec<worker::Host>,

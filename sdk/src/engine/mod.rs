@@ -16,7 +16,7 @@ mod pump;
 #[cfg(test)]
 mod tests;
 
-pub use pump::{held_up, void_after};
+pub use pump::{first_round, held_up, void_after};
 
 /// Waits of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -32,6 +32,16 @@ pub fn void_after(
     FrameBuilder::new(Kind::Gradient, &header, 0).finish()
 }
 
+/// The first round of a worker that counts from `from_round` on, once it may begin: round `from_round` waits for
+/// it, so every shard comes to stand right before it. With a quorum others may have gone on meanwhile, and be in
+/// the middle of a later round; it begins where they are, once they all stand at one version.
+#[must_use]
+pub fn first_round(heads: &[Head], from_round: Round) -> Option<Round> {
+    let newest = heads.iter().map(|head| head.version).max().unwrap_or(0);
+    let level = heads.iter().all(|head| head.version == newest && head.version + 1 >= from_round);
+    level.then(|| newest.max(from_round - 1) + 1)
+}
+
 /// Shards on which a worker that joins holds others up: they are behind, and the round that they are at counts
 /// it from `from_round` on. It has not seen the state before that round, so it contributes voids.
 pub fn held_up(heads: &[Head], from_round: Round) -> impl Iterator<Item = (ShardIndex, &Head)> {
