@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Epoch, Partition, STREAMS_KEY, Streams, limits, subjects};
+use thalweg_protocol::{Epoch, JobKey, Partition, STREAMS_KEY, Streams, limits, subjects};
 
 use crate::{Registry, RegistryError};
 
@@ -47,6 +47,11 @@ impl Default for StreamsConfig {
 
 /// Contributions may wait as long as their round; redelivery comes from a takeover, not from this.
 const ACK_WAIT: Duration = Duration::from_secs(600);
+
+/// How long events are kept.
+const EVENTS_AGE: Duration = Duration::from_secs(7 * 86_400);
+/// And how many of them, bytes.
+const EVENTS_BYTES: i64 = 64 << 20;
 
 /// Why the work queues did not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,6 +108,9 @@ pub trait Queues: Send + Sync + std::fmt::Debug {
 
     /// Reads a message by its sequence, delivered or not; `None` when it is not there any more.
     async fn read(&self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError>;
+
+    /// Removes a job's dead letters.
+    async fn forget(&self, job: &JobKey) -> Result<(), QueueError>;
 }
 
 /// Creates what is missing of the streams and records when each one was created. Idempotent; run it
@@ -201,6 +209,19 @@ impl Queues for jetstream::Context {
         })
         .await
         .map_err(unavailable)?;
+        self.get_or_create_stream(Config {
+            name: subjects::EVENT_STREAM.to_owned(),
+            subjects: vec![subjects::EVENT_SUBJECTS.to_owned()],
+            storage: StorageType::File,
+            num_replicas: config.replicas,
+            discard: DiscardPolicy::Old,
+            max_age: EVENTS_AGE,
+            max_bytes: EVENTS_BYTES,
+            allow_direct: true,
+            ..Config::default()
+        })
+        .await
+        .map_err(unavailable)?;
         Ok(created)
     }
 
@@ -279,6 +300,12 @@ impl Queues for jetstream::Context {
             Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
             Err(error) => Err(unavailable(error)),
         }
+    }
+
+    async fn forget(&self, job: &JobKey) -> Result<(), QueueError> {
+        let stream = self.get_stream_no_info(subjects::DEAD_LETTER_STREAM).await.map_err(unavailable)?;
+        let purge = stream.purge().filter(subjects::dead_letter(Some(job)));
+        purge.await.map(drop).map_err(unavailable)
     }
 }
 

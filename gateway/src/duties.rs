@@ -6,7 +6,7 @@ use std::{
 };
 
 use thalweg_broker::Queues;
-use thalweg_protocol::{ErrorCode, JobKey, Name, Partition, WireError, subjects};
+use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobState, Name, Partition, WireError, subjects};
 
 use crate::{
     metrics,
@@ -44,7 +44,10 @@ impl Gateway {
 
     async fn read_rosters(&self) -> Result<(), WireError> {
         for record in &self.jobs.list().await? {
-            if let Some(roster) = self.jobs.roster_of(record).await? {
+            if record.state == JobState::Deleting {
+                let now = (self.clock)();
+                self.shared().deleting.entry(record.spec.key.clone()).or_insert(now);
+            } else if let Some(roster) = self.jobs.roster_of(record).await? {
                 self.shared().remember(record, &roster);
             }
         }
@@ -74,11 +77,14 @@ impl Gateway {
                 shared.remember(&record, &roster);
                 shared.read_at.insert(key, now);
             }
-            Err(error) if error.code == ErrorCode::UnknownJob => {
-                let mut shared = self.shared();
-                shared.rosters.remove(&key);
-                shared.levelled.remove(&key);
-                shared.read_at.remove(&key);
+            Err(error) if error.code == ErrorCode::UnknownJob => self.shared().forget(&key),
+            Err(error) if error.code == ErrorCode::Unavailable => {
+                if matches!(self.jobs.is_deleting(&key).await, Ok(true)) {
+                    let now = (self.clock)();
+                    self.shared().deleting.entry(key).or_insert(now);
+                } else {
+                    tracing::debug!(%error, %key, "job not read");
+                }
             }
             Err(error) => tracing::debug!(%error, %key, "job not read"),
         }
@@ -94,7 +100,7 @@ impl Gateway {
     /// Where this gateway leads: expires silent workers, levels shards that nobody else would, and frees the
     /// windows of those whose messages are gone.
     pub async fn sweep(&self, queues: &dyn Queues, partitions: Partition) {
-        let (expired, has_gone, stale) = {
+        let (expired, has_gone, stale, unfinished, unfenced, abandoned) = {
             let now = (self.clock)();
             let mut shared = self.shared();
             // Frozen, or starved: what came meanwhile has not been taken in yet, so it was no silence.
@@ -111,7 +117,12 @@ impl Gateway {
             let (jobs, workers) = (shared.rosters.len(), members.len());
             metrics::totals(jobs, workers, shared.windows.granted_bytes());
             let stale = shared.stale(self.lease / 2, MOST_READ, now);
-            (shared.leases.expired(members, now), shared.windows.has_gone(), stale)
+            let late = |since: &Instant| now.duration_since(*since) >= self.lease / 2;
+            let unfinished: Vec<_> =
+                shared.deleting.iter().filter(|(_, since)| late(since)).map(|(key, _)| key.clone()).collect();
+            let (unfenced, abandoned) = (shared.unfenced(), shared.abandoned(now));
+            let expired = shared.leases.expired(members, now);
+            (expired, shared.windows.has_gone(), stale, unfinished, unfenced, abandoned)
         };
         for key in stale {
             self.read_job(key).await;
@@ -138,6 +149,19 @@ impl Gateway {
                 Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
             }
         }
+        for key in unfinished {
+            self.finish_deletion(key).await;
+        }
+        for (key, job, revision) in unfenced {
+            // Whoever changed the settings is at it, or has died over it.
+            if let Err(error) = self.jobs.fence_settings(&key, job, revision).await {
+                tracing::debug!(%error, %key, "settings not vouched for yet");
+            }
+            self.read_job(key).await;
+        }
+        for (key, job) in abandoned {
+            self.abandon(key, job).await;
+        }
         let unlevelled = self.shared().unlevelled();
         for (key, epoch) in unlevelled {
             match self.jobs.level_deserted(&key).await {
@@ -147,6 +171,38 @@ impl Gateway {
         }
         if has_gone && let Ok(depths) = queues.depths(partitions).await {
             self.shared().windows.settle(&depths);
+        }
+    }
+
+    /// Takes up a deletion that was cut short.
+    async fn finish_deletion(&self, key: JobKey) {
+        let done = match self.jobs.is_deleting(&key).await {
+            Ok(true) => self.jobs.delete(&key).await,
+            other => other.map(drop),
+        };
+        match done {
+            Ok(()) => {
+                self.shared().deleting.remove(&key);
+                self.read_job(key).await;
+            }
+            Err(error) => tracing::debug!(%error, %key, "job not deleted yet"),
+        }
+    }
+
+    /// Deletes a job that nobody has been in for its time to live.
+    async fn abandon(&self, key: JobKey, job: Incarnation) {
+        // The last look may be old.
+        self.read_job(key.clone()).await;
+        let deserted = self.shared().rosters.get(&key).is_some_and(|(record, roster)| {
+            record.incarnation == job && roster.members.iter().all(|member| member.until_round.is_some())
+        });
+        if !deserted {
+            return;
+        }
+        tracing::warn!(%key, "job deleted: nobody has been in it for its time to live (policy.ttl_ms)");
+        match self.jobs.delete(&key).await {
+            Ok(()) => self.shared().forget(&key),
+            Err(error) => tracing::debug!(%error, %key, "abandoned job not deleted yet"),
         }
     }
 

@@ -15,7 +15,7 @@ use thalweg_protocol::{ErrorCode, JobKey, JobRecord, JobState, Member, Name, Ros
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::service::Gateway;
+use crate::{control::summary, service::Gateway};
 
 /// A job as HTTP shows it.
 #[derive(Debug, Serialize)]
@@ -23,7 +23,7 @@ struct JobView {
     tenant: String,
     job: String,
     incarnation: String,
-    state: &'static str,
+    state: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<WireError>,
     function: String,
@@ -53,11 +53,9 @@ struct MemberView {
 
 impl JobView {
     fn new(record: &JobRecord, roster: Option<&Roster>) -> Self {
-        let (state, error) = match &record.state {
-            JobState::Creating => ("creating", None),
-            JobState::Initialising => ("initialising", None),
-            JobState::Running => ("running", None),
-            JobState::Failed(error) => ("failed", Some(error.clone())),
+        let error = match &record.state {
+            JobState::Failed(error) => Some(error.clone()),
+            _ => None,
         };
         let member = |member: &Member| MemberView {
             rank: member.rank,
@@ -69,7 +67,7 @@ impl JobView {
             tenant: record.spec.key.tenant.to_string(),
             job: record.spec.key.job.to_string(),
             incarnation: record.incarnation.to_string(),
-            state,
+            state: summary(record, roster).state,
             error,
             function: record.spec.function.name.clone(),
             durability: record.spec.durability.to_string(),

@@ -3,18 +3,21 @@
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
-use thalweg_broker::{Registry, RegistryError};
+use thalweg_broker::{Queues, Registry, RegistryError};
 use thalweg_protocol::{
-    Claim, Commit, CommitOutcome, Durability, ErrorCode, Incarnation, Init, JobKey, JobRecord, JobSpec,
-    JobState, Layout, Ledger, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreId, StoreRecord,
+    Claim, Commit, CommitOutcome, Durability, ErrorCode, Incarnation, JobKey, JobRecord, JobSpec, JobState,
+    Layout, Ledger, Life, Partition, Roster, Round, STORE_KEY, SettingsRevision, StoreId, StoreRecord,
     Version, WireError, job_key, limits, roster_key,
 };
 use thalweg_store::{ShardStore, StoreError};
 
-use crate::roster::{self, Versions};
+use crate::{
+    control::first_state,
+    roster::{self, Versions},
+};
 
 /// Tries of one compare-and-swap before the sender is asked to try again.
-const MAX_CONFLICTS: u32 = 64;
+pub(crate) const MAX_CONFLICTS: u32 = 64;
 
 /// Finds a store by its identity.
 pub type Stores = Arc<dyn Fn(StoreId) -> Arc<dyn ShardStore> + Send + Sync>;
@@ -24,6 +27,8 @@ pub type Stores = Arc<dyn Fn(StoreId) -> Arc<dyn ShardStore> + Send + Sync>;
 pub struct Jobs {
     /// The registry.
     pub registry: Registry,
+    /// For the dead letters of jobs that are deleted.
+    pub queues: Arc<dyn Queues>,
     /// The stores.
     pub stores: Stores,
     /// Bytes of the largest message that the broker takes.
@@ -42,20 +47,20 @@ impl fmt::Debug for Jobs {
     }
 }
 
-fn unavailable(error: RegistryError) -> WireError {
+pub(crate) fn unavailable(error: RegistryError) -> WireError {
     WireError::new(ErrorCode::Unavailable, error.to_string())
 }
 
-fn busy(what: &str) -> WireError {
+pub(crate) fn busy(what: &str) -> WireError {
     WireError::new(ErrorCode::Unavailable, format!("{what} changed too often at once: try again"))
 }
 
-fn store_error(error: StoreError) -> WireError {
+pub(crate) fn store_error(error: StoreError) -> WireError {
     error.to_wire()
 }
 
 impl Jobs {
-    fn store(&self, record: &JobRecord) -> Arc<dyn ShardStore> {
+    pub(crate) fn store(&self, record: &JobRecord) -> Arc<dyn ShardStore> {
         (self.stores)(record.store)
     }
 
@@ -67,7 +72,9 @@ impl Jobs {
             return Err(WireError::new(ErrorCode::UnknownJob, text));
         };
         match self.roster_of(&record).await? {
-            Some(roster) if record.state != JobState::Creating => Ok((record, roster)),
+            Some(roster) if !matches!(record.state, JobState::Creating | JobState::Deleting) => {
+                Ok((record, roster))
+            }
             _ => {
                 // Nothing is mended here: a roster written now could outlive a job that is being deleted.
                 let text = format!(
@@ -97,6 +104,10 @@ impl Jobs {
             let name = job_key(&spec.key);
             let (known, revision) = self.registry.get::<JobRecord>(&name).await.map_err(unavailable)?;
             let (record, revision) = match known {
+                Some(known) if known.state == JobState::Deleting => {
+                    self.finish_deletion(&known, revision).await?;
+                    continue;
+                }
                 Some(known) if known.spec != spec => {
                     let text = format!(
                         "job {} exists with another {}: use another name, or delete it first",
@@ -124,21 +135,25 @@ impl Jobs {
     }
 
     /// Makes what a job needs besides its record; `false` when the record was changed meanwhile.
-    async fn finish_creation(&self, mut record: JobRecord, revision: u64) -> Result<bool, WireError> {
+    pub(crate) async fn finish_creation(
+        &self,
+        mut record: JobRecord,
+        revision: u64,
+    ) -> Result<bool, WireError> {
         let key = record.spec.key.clone();
         let store = self.store(&record);
+        if let Some(replaced) = record.life.origin.as_ref().and_then(|origin| origin.replaces) {
+            store.delete(replaced).await.map_err(store_error)?;
+        }
         store.create(record.store_job()).await.map_err(store_error)?;
         let (roster, revision_of_roster) =
             self.registry.get::<Roster>(&roster_key(&key)).await.map_err(unavailable)?;
         if roster.is_none_or(|roster| roster.job != record.incarnation) {
-            let roster = Roster { job: record.incarnation, epoch: 1, started: false, members: Vec::new() };
+            let roster = Roster::new(record.incarnation);
             // A conflict means that somebody else is at it; the record tells who has finished.
             self.put_roster(&key, &roster, revision_of_roster).await?;
         }
-        record.state = match record.spec.init {
-            Init::Zeros => JobState::Running,
-            Init::Upload => JobState::Initialising,
-        };
+        record.state = first_state(&record);
         if self.registry.put(&job_key(&key), &record, revision).await.map_err(unavailable)?.is_ok() {
             tracing::info!(job = %key, incarnation = %record.incarnation, "job created");
             if record.spec.durability == Durability::Disk && !self.nats_syncs_always {
@@ -159,7 +174,7 @@ impl Jobs {
         Ok(false)
     }
 
-    async fn describe(&self, spec: &JobSpec, slots: u32) -> Result<JobRecord, WireError> {
+    pub(crate) async fn describe(&self, spec: &JobSpec, slots: u32) -> Result<JobRecord, WireError> {
         let (store, _) = self.registry.get::<StoreRecord>(STORE_KEY).await.map_err(unavailable)?;
         let Some(store) = store else {
             let text = "no store has registered yet: start one (thalweg store, or thalweg up)";
@@ -187,9 +202,15 @@ impl Jobs {
             partitions: self.partitions,
             state: JobState::Creating,
             settings: vec![SettingsRevision { revision: 0, from_round: 0, function: spec.function.clone() }],
+            life: Life::default(),
         };
-        // A job that must fit one message of the registry, or nobody could ever read it.
-        let size = thalweg_protocol::frame::seal_record(&record).len();
+        self.check_size(&record)?;
+        Ok(record)
+    }
+
+    /// A job's record has to fit one message of the registry, or nobody could ever read it.
+    pub(crate) fn check_size(&self, record: &JobRecord) -> Result<(), WireError> {
+        let size = thalweg_protocol::frame::seal_record(record).len();
         if size + limits::MESSAGE_OVERHEAD_BYTES > self.max_payload {
             let text = format!(
                 "the job's description takes {size} bytes, the NATS server allows {}: raise its max_payload, or \
@@ -198,7 +219,7 @@ impl Jobs {
             );
             return Err(WireError::new(ErrorCode::Limit, text));
         }
-        Ok(record)
+        Ok(())
     }
 
     /// Tells that an upload is complete.
@@ -214,6 +235,10 @@ impl Jobs {
             let Some(mut record) = record.filter(|record| record.incarnation == job) else {
                 return Err(over(key));
             };
+            if record.life.origin.as_ref().is_some_and(|origin| origin.upload != upload) {
+                let text = format!("job {key} goes on from a snapshot: its parameters come from there");
+                return Err(WireError::new(ErrorCode::SpecMismatch, text));
+            }
             self.store(&record).activate(job, upload).await.map_err(store_error)?;
             if record.state != JobState::Initialising {
                 return Ok(());
@@ -226,37 +251,14 @@ impl Jobs {
         Err(busy("the job"))
     }
 
-    /// Removes a job: its bytes first and its record last, so that a removal cut short can be asked for again.
-    pub(crate) async fn delete(&self, key: &JobKey) -> Result<(), WireError> {
-        let (record, revision) = self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
-        let Some(record) = record else {
-            return Err(WireError::new(ErrorCode::UnknownJob, format!("no job {key}")));
-        };
-        self.store(&record).delete(record.incarnation).await.map_err(store_error)?;
-        loop {
-            let (roster, revision) =
-                self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
-            if roster.is_none_or(|roster| roster.job != record.incarnation)
-                || self.registry.delete(&roster_key(key), revision).await.map_err(unavailable)?.is_ok()
-            {
-                break;
-            }
-        }
-        if self.registry.delete(&job_key(key), revision).await.map_err(unavailable)?.is_err() {
-            return Err(busy("the job"));
-        }
-        tracing::info!(job = %key, incarnation = %record.incarnation, "job deleted");
-        Ok(())
-    }
-
     /// Claims a rank. Returns the roster that holds the claim; a job that has started is fenced, so that
     /// no round from the claimant's first one on can close without it (rule P4).
     pub(crate) async fn join(&self, claim: &Claim) -> Result<(JobRecord, Roster), WireError> {
         let key = &claim.worker.key;
         for _ in 0..MAX_CONFLICTS {
             let (record, revision_of_roster, roster) = self.read_for_change(key, claim.worker.job).await?;
-            if let JobState::Failed(error) = &record.state {
-                return Err(WireError::new(ErrorCode::JobFailed, error.to_string()));
+            if let Some(error) = record.state.end(key) {
+                return Err(error);
             }
             let versions = self.versions(&record).await;
             let versions = self.note_loss(&record, versions).await?;
@@ -378,13 +380,22 @@ impl Jobs {
         }
     }
 
-    async fn put_roster(&self, key: &JobKey, roster: &Roster, revision: u64) -> Result<bool, WireError> {
+    pub(crate) async fn put_roster(
+        &self,
+        key: &JobKey,
+        roster: &Roster,
+        revision: u64,
+    ) -> Result<bool, WireError> {
         Ok(self.registry.put(&roster_key(key), roster, revision).await.map_err(unavailable)?.is_ok())
     }
 
     /// A store that has lost a job's state says so to whoever asks it; all others, who may only wait for each
     /// other, learn it from the job's record.
-    async fn note_loss<T>(&self, record: &JobRecord, result: Result<T, WireError>) -> Result<T, WireError> {
+    pub(crate) async fn note_loss<T>(
+        &self,
+        record: &JobRecord,
+        result: Result<T, WireError>,
+    ) -> Result<T, WireError> {
         let Err(error) = &result else { return result };
         if error.code != ErrorCode::Diverged {
             return result;
@@ -408,9 +419,9 @@ impl Jobs {
     }
 
     /// Versions of the job's shards. Also asked for before the job has started: the store may have lost it.
-    async fn versions(&self, record: &JobRecord) -> Result<Versions, WireError> {
+    pub(crate) async fn versions(&self, record: &JobRecord) -> Result<Versions, WireError> {
         if record.state == JobState::Initialising {
-            return Ok(Versions { min: 0, max: 0 });
+            return Ok(Versions { min: record.first_version(), max: record.first_version() });
         }
         let heads = self.store(record).heads(record.incarnation, 0, record.layout.shards()).await;
         let heads = heads.map_err(store_error)?;
@@ -482,6 +493,7 @@ fn difference(known: &JobSpec, wanted: &JobSpec) -> String {
         ("policy for non-finite values", known.non_finite != wanted.non_finite),
         ("origin of parameters", known.init != wanted.init),
         ("shard size", known.shard_bytes != wanted.shard_bytes),
+        ("policy", known.policy != wanted.policy),
     ];
     fields.iter().find(|(_, differs)| *differs).map_or("max_members", |(name, _)| *name).to_owned()
 }

@@ -4,7 +4,9 @@
 //! answer requests, and the one that holds the lease also expires workers and grants windows. The
 //! decisions are pure functions ([`roster`], [`windows`], [`leases`]) with a thin shell around them.
 
+mod control;
 mod duties;
+pub mod events;
 mod http;
 mod jobs;
 pub mod leases;

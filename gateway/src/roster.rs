@@ -27,7 +27,7 @@ pub struct Claimed {
 
 /// Decides about a claim of a rank.
 ///
-/// Before the job has started, claimants are founding members and count from round 1; the last of them
+/// Before the job has started, claimants are founding members and count from its first round; the last of them
 /// starts it. Later a claimant counts from the first round that no shard can have opened yet.
 ///
 /// # Errors
@@ -75,7 +75,7 @@ pub fn claim(
         rank,
         worker: claim.id.clone(),
         incarnation: worker,
-        from_round: 1,
+        from_round: record.first_version() + 1,
         until_round: None,
         // Founding members need no fence: nobody pushes before the roster that holds them all, and every
         // contribution names it.

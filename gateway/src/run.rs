@@ -12,11 +12,11 @@ use serde::{Deserialize, Serialize};
 use thalweg_broker::{
     Backoff, Connection, LeaseConfig, LeaseKeeper, Registry, Report, StreamsConfig, ensure_streams,
 };
-use thalweg_protocol::{Incarnation, subjects};
+use thalweg_protocol::{Event, Incarnation, subjects};
 use thalweg_store::StoreClient;
 use tokio_util::sync::CancellationToken;
 
-use crate::{http, jobs::Jobs, service::Gateway};
+use crate::{events::Sink, http, jobs::Jobs, service::Gateway};
 
 /// Settings of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,8 @@ pub enum GatewayError {
 
 /// Requests worked on at once.
 const MAX_REQUESTS: usize = 256;
+/// Events on their way to NATS.
+const MAX_EVENTS: usize = 4096;
 
 /// Serves until `shutdown`, then finishes the requests under way.
 ///
@@ -83,6 +85,7 @@ pub async fn run(
     let client = connection.client.clone();
     let jobs = Jobs {
         registry: registry.clone(),
+        queues: Arc::new(connection.jetstream.clone()),
         max_payload: client.max_payload(),
         stores: Arc::new(move |id| Arc::new(StoreClient::new(client.clone(), id))),
         partitions: streams.partitions,
@@ -90,7 +93,8 @@ pub async fn run(
         incarnations: Arc::new(Incarnation::random),
     };
     let lease = Duration::from_millis(config.worker_lease_ms.max(100));
-    let gateway = Arc::new(Gateway::new(jobs, Arc::new(Instant::now), lease, config.window_budget_bytes));
+    let gateway = Gateway::new(jobs, Arc::new(Instant::now), lease, config.window_budget_bytes);
+    let gateway = Arc::new(gateway.telling(tell(connection.client.clone())));
     let nats = |error: &dyn std::fmt::Display| GatewayError::Nats(error.to_string());
     let service = connection
         .client
@@ -170,6 +174,30 @@ pub async fn run(
     let _ = connection.client.flush().await;
     web.abort();
     Ok(())
+}
+
+/// Publishes events. One that NATS does not take at once is lost: nothing depends on it.
+fn tell(client: async_nats::Client) -> Sink {
+    let (events, mut queue) = tokio::sync::mpsc::channel::<Event>(MAX_EVENTS);
+    tokio::spawn(async move {
+        while let Some(event) = queue.recv().await {
+            let payload = serde_json::to_vec(&event).unwrap_or_default();
+            let _ = client.publish(subjects::event(&event.tenant, &event.job), payload.into()).await;
+        }
+    });
+    Arc::new(move |record, kind| {
+        let at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let event = Event {
+            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            tenant: record.spec.key.tenant.to_string(),
+            job: record.spec.key.job.to_string(),
+            incarnation: record.incarnation.to_string(),
+            kind,
+        };
+        if let Err(error) = events.try_send(event) {
+            tracing::debug!(%error, "event lost");
+        }
+    })
 }
 
 /// Opens the registry and creates the streams, waiting as long as it takes.

@@ -9,11 +9,17 @@ use std::{
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    ApiReply, ApiRequest, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Kind, Roster, WireError,
-    WorkerRef, frame, limits,
+    ApiReply, ApiRequest, ErrorCode, EventKind, Incarnation, JobCommand, JobKey, JobRecord, Kind, Name,
+    Origin, Roster, WireError, WorkerRef, frame, limits,
 };
 
-use crate::{jobs::Jobs, leases::Leases, metrics, windows::Windows};
+use crate::{
+    events::{self, Sink},
+    jobs::Jobs,
+    leases::Leases,
+    metrics,
+    windows::Windows,
+};
 
 /// Tells the time. The simulation has its own.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -29,14 +35,10 @@ pub struct Gateway {
 
 impl fmt::Debug for Gateway {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gateway")
-            .field("jobs", &self.jobs)
-            .field("shared", &self.shared)
-            .finish_non_exhaustive()
+        f.debug_struct("Gateway").field("jobs", &self.jobs).finish_non_exhaustive()
     }
 }
 
-#[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) leases: Leases<WorkerRef>,
     pub(crate) windows: Windows,
@@ -50,6 +52,11 @@ pub(crate) struct Shared {
     pub(crate) read_at: BTreeMap<JobKey, Instant>,
     /// When silent workers were last looked for.
     pub(crate) swept_at: Instant,
+    /// Jobs that were seen half deleted, and since when.
+    pub(crate) deleting: BTreeMap<JobKey, Instant>,
+    /// Since when lives of jobs have had no member.
+    pub(crate) deserted_since: BTreeMap<JobKey, (Incarnation, Instant)>,
+    events: Option<Sink>,
 }
 
 impl Gateway {
@@ -65,8 +72,18 @@ impl Gateway {
             levelled: BTreeMap::new(),
             read_at: BTreeMap::new(),
             swept_at: clock(),
+            deleting: BTreeMap::new(),
+            deserted_since: BTreeMap::new(),
+            events: None,
         };
         Self { jobs, clock, lease, window_budget_bytes, shared: Mutex::new(shared) }
+    }
+
+    /// Tells `sink` what happens to jobs while this gateway leads.
+    #[must_use]
+    pub fn telling(self, sink: Sink) -> Self {
+        self.shared().events = Some(sink);
+        self
     }
 
     pub(crate) fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -97,7 +114,7 @@ impl Gateway {
             ApiRequest::ListJobs => self.jobs.list().await.map(ApiReply::Jobs),
             ApiRequest::DeleteJob(key) => {
                 self.jobs.delete(&key).await?;
-                self.shared().rosters.remove(&key);
+                self.shared().forget(&key);
                 Ok(ApiReply::Done)
             }
             ApiRequest::Activate { key, job, upload } => {
@@ -133,6 +150,23 @@ impl Gateway {
                 self.jobs.remove(&worker.key, worker.job, worker.incarnation).await?;
                 self.shared().windows.leave(worker.incarnation);
                 Ok(ApiReply::Done)
+            }
+            ApiRequest::Jobs { tenant, after, limit } => {
+                let tenant = tenant.as_ref().map(Name::as_str);
+                let (jobs, next) = self.jobs.page(tenant, after.as_ref(), limit).await?;
+                Ok(ApiReply::JobPage { jobs, next })
+            }
+            ApiRequest::Progress(key) => self.jobs.progress(&key).await.map(ApiReply::Progress),
+            ApiRequest::Control(key, command) => {
+                self.jobs.control(&key, &command).await.map(|()| ApiReply::Done)
+            }
+            ApiRequest::SetSettings { key, change } => {
+                self.jobs.set_settings(&key, &change).await.map(ApiReply::Settings)
+            }
+            ApiRequest::Restore { spec, function, upload, version, replaces } => {
+                let origin = Origin { upload, version, replaces };
+                let restored = self.jobs.restore(&spec, function, &origin).await;
+                restored.map(|(job, roster)| self.job(job, roster))
             }
             ApiRequest::Beat { .. } => {
                 let text = "heartbeats have a subject of their own";
@@ -174,10 +208,10 @@ impl Gateway {
         let reply = match known {
             Ok((record, roster)) => {
                 let tenure = roster.tenure(worker.incarnation).filter(|member| member.until_round.is_none());
-                if let JobState::Failed(error) = &record.state
-                    && record.incarnation == worker.job
+                if record.incarnation == worker.job
+                    && let Some(error) = record.state.end(&record.spec.key)
                 {
-                    ApiReply::Error(WireError::new(ErrorCode::JobFailed, error.to_string()))
+                    ApiReply::Error(error)
                 } else if record.incarnation == worker.job && tenure.is_some() {
                     shared.leases.hear(worker.clone(), now);
                     let least = least_window(&record);
@@ -185,7 +219,11 @@ impl Gateway {
                         return None;
                     }
                     let granted = shared.windows.beat(worker.incarnation, window_bytes, least, active);
-                    ApiReply::Beat { window_bytes: granted, roster_epoch: roster.epoch }
+                    ApiReply::Beat {
+                        window_bytes: granted,
+                        roster_epoch: roster.epoch,
+                        paused: record.life.paused.clone(),
+                    }
                 } else {
                     ApiReply::Error(lost(&worker))
                 }
@@ -211,9 +249,57 @@ impl Shared {
             // Read before that one, and answered later.
             return (job.clone(), newer.clone());
         }
+        if let Some(events) = &self.events
+            && self.leads_until.is_some()
+        {
+            let before = known.map(|(job, roster)| (&**job, &**roster));
+            events::between(before, record, roster).into_iter().for_each(|event| events(record, event));
+        }
         let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
         self.rosters.insert(record.spec.key.clone(), view.clone());
         view
+    }
+
+    /// A job is gone.
+    pub(crate) fn forget(&mut self, key: &JobKey) {
+        let known = self.rosters.remove(key);
+        if let (Some(events), Some((record, _)), true) = (&self.events, known, self.leads_until.is_some()) {
+            events(&record, EventKind::Deleted);
+        }
+        self.levelled.remove(key);
+        self.read_at.remove(key);
+        self.deleting.remove(key);
+        self.deserted_since.remove(key);
+    }
+
+    /// Jobs whose newest settings the roster does not vouch for yet.
+    pub(crate) fn unfenced(&self) -> Vec<(JobKey, Incarnation, u32)> {
+        let unfenced = |(key, (record, roster)): (&JobKey, &(Arc<JobRecord>, Arc<Roster>))| {
+            let newest = record.settings.last()?.revision;
+            let open = record.state.end(key).is_none() && roster.revision < newest;
+            open.then(|| (key.clone(), record.incarnation, newest))
+        };
+        self.rosters.iter().filter_map(unfenced).collect()
+    }
+
+    /// Jobs that have had no member for as long as they may.
+    pub(crate) fn abandoned(&mut self, now: Instant) -> Vec<(JobKey, Incarnation)> {
+        let mut abandoned = Vec::new();
+        for (key, (record, roster)) in &self.rosters {
+            let present = roster.members.iter().any(|member| member.until_round.is_none());
+            let Some(ttl) = record.spec.policy.ttl_ms.filter(|_| !present) else {
+                self.deserted_since.remove(key);
+                continue;
+            };
+            let since = self.deserted_since.entry(key.clone()).or_insert((record.incarnation, now));
+            if since.0 != record.incarnation {
+                *since = (record.incarnation, now);
+            }
+            if now.duration_since(since.1) >= Duration::from_millis(ttl) {
+                abandoned.push((key.clone(), record.incarnation));
+            }
+        }
+        abandoned
     }
 
     /// Jobs whose roster has changed since their shards were last found level.
@@ -274,6 +360,13 @@ fn kind(request: &ApiRequest) -> &'static str {
         ApiRequest::Join(_) => "join",
         ApiRequest::Leave(_) => "leave",
         ApiRequest::Beat { .. } => "beat",
+        ApiRequest::Jobs { .. } => "jobs",
+        ApiRequest::Progress(_) => "progress",
+        ApiRequest::Control(_, JobCommand::Pause(_)) => "pause",
+        ApiRequest::Control(_, JobCommand::Resume) => "resume",
+        ApiRequest::Control(_, JobCommand::Abort(_)) => "abort",
+        ApiRequest::SetSettings { .. } => "set_settings",
+        ApiRequest::Restore { .. } => "restore",
     }
 }
 

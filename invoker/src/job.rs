@@ -71,10 +71,11 @@ impl Job {
     /// # Errors
     /// What is in the way, for the log; to be tried again.
     pub async fn read(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Self>>, String> {
-        let (record, _) =
-            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+        // In this order: a roster vouches for settings that are in a record read after it (`Roster::revision`).
         let (roster, _) =
             registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
+        let (record, _) =
+            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
         let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
         if roster.job != record.incarnation {
             // Between two lives; the next hint or retry sees them together.
@@ -97,9 +98,7 @@ impl Job {
             let (record, revision) =
                 registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
             match record {
-                Some(mut record)
-                    if record.incarnation == incarnation && !matches!(record.state, JobState::Failed(_)) =>
-                {
+                Some(mut record) if record.incarnation == incarnation && record.state.end(key).is_none() => {
                     record.state = JobState::Failed(error.clone());
                     let put = registry.put(&job_key(key), &record, revision).await;
                     if put.map_err(|error| error.to_string())?.is_ok() {

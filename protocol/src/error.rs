@@ -66,6 +66,12 @@ codes! {
     PoisonContribution = "poison_contribution", retry false;
     /// The job has failed; the message says why.
     JobFailed = "job_failed", retry false;
+    /// Somebody has ended the job; the message says why.
+    Aborted = "aborted", retry false;
+    /// What was asked about is not kept any more.
+    Expired = "expired", retry false;
+    /// The store's disk has no room for another job.
+    StorageFull = "storage_full", retry false;
     /// The store that should hold the job is not the one that answered, or is empty.
     StoreMismatch = "store_mismatch", retry false;
     /// Initial parameters are not there yet.

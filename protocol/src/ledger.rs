@@ -103,6 +103,12 @@ pub struct Head {
 }
 
 impl Head {
+    /// The same state at another version: the first one of a life that goes on from a snapshot.
+    #[must_use]
+    pub fn at_version(self, version: u64) -> Self {
+        Self { version, ..self }
+    }
+
     /// The head of a shard that no round has touched, from the checksum of its initial values.
     #[must_use]
     pub fn initial(origin: [u8; 16], shard: u32, checksum: u64) -> Self {

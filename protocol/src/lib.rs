@@ -6,6 +6,7 @@
 //! when the frame is opened.
 
 mod error;
+mod event;
 pub mod frame;
 mod ids;
 mod layout;
@@ -13,10 +14,12 @@ mod ledger;
 pub mod limits;
 mod messages;
 mod records;
+pub mod snapshot;
 mod spec;
 pub mod subjects;
 
 pub use error::{ErrorCode, WireError};
+pub use event::{Event, EventKind};
 pub use frame::{FrameBuilder, FrameError, Kind, WIRE_VERSION, checksum};
 pub use ids::{
     Epoch, Incarnation, InvalidId, InvalidName, JobKey, Name, Partition, Rank, Round, ShardIndex, StateId,
@@ -25,15 +28,15 @@ pub use ids::{
 pub use layout::{Layout, offsets, partition_of};
 pub use ledger::{Head, Ledger, RankSet};
 pub use messages::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, MAX_HEADS, Reject, ResultHeader,
-    StoreJob, StoreReply, StoreRequest, WorkerRef,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, JobCommand, JobSummary, MAX_HEADS,
+    Progress, Reject, ResultHeader, SettingsChange, StoreJob, StoreReply, StoreRequest, WorkerRef,
 };
 pub use records::{
-    InvokerBeat, InvokerState, JobRecord, JobState, Lease, Member, PLACEMENT_KEY, PlacedPartition, Placement,
-    Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key, lease_key, roster_key,
-    suspect_key,
+    InvokerBeat, InvokerState, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
+    PlacedPartition, Placement, Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key,
+    lease_key, roster_key, suspect_key,
 };
 pub use spec::{
-    Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, ParameterGroup, Setting, Settings,
-    SettingsRevision, TensorSpec,
+    Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, OnLoss, ParameterGroup, Policy, Setting,
+    Settings, SettingsRevision, TensorSpec,
 };

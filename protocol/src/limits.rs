@@ -36,3 +36,13 @@ pub const MAX_PARTITIONS: u16 = 1024;
 pub const MAX_DEADLINE_MS: u64 = 3_600_000;
 /// Longest human-readable message in a wire error, bytes; longer ones are cut with an ellipsis.
 pub const MAX_ERROR_BYTES: usize = 1024;
+/// Most entries of a page of any list.
+pub const MAX_PAGE: u32 = 1000;
+/// Seconds without a request after which a store forgets a hold.
+pub const HOLD_SECONDS: u64 = 60;
+/// Most holds on one job at once: each may take another slot a shard.
+pub const MAX_HOLDS: usize = 4;
+/// Most settings revisions that a job keeps ahead of its slowest shard.
+pub const MAX_REVISIONS: usize = 64;
+/// Longest reason of a pause or an abort, bytes.
+pub const MAX_REASON_BYTES: usize = 512;

@@ -1,10 +1,12 @@
 //! Headers of the messages between workers, invokers, store and gateway.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Durability, Epoch, Head, Incarnation, Init, JobKey, JobRecord, JobSpec, Layout, Ledger, Rank, Roster,
-    Round, ShardIndex, StateId, Version, WireError,
+    Durability, Epoch, FunctionSpec, Head, Incarnation, Init, JobKey, JobRecord, JobSpec, Layout, Ledger,
+    Name, Rank, Roster, Round, Settings, SettingsRevision, ShardIndex, StateId, Version, WireError,
 };
 
 /// Header of a gradient batch: one worker's contribution for one shard in one round.
@@ -75,8 +77,15 @@ pub struct StoreJob {
     pub durability: Durability,
     /// Bounds the ledger.
     pub max_members: u32,
-    /// Origin of version 0.
+    /// Origin of the first version.
     pub init: Init,
+    /// The version that the job starts from: 0, unless it goes on from a snapshot.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first_version: Version,
+}
+
+fn is_zero(version: &Version) -> bool {
+    *version == 0
 }
 
 impl StoreJob {
@@ -130,7 +139,8 @@ pub enum CommitOutcome {
 pub enum StoreRequest {
     /// Registers a job and its slab. Idempotent for the same job.
     Create(StoreJob),
-    /// Uploads one shard's initial parameters (payload) under an upload id.
+    /// Uploads one shard's first state under an upload id. The payload is its parameters, or parameters and
+    /// optimizer slots; slots that are not there start at zero.
     Upload {
         /// Life of the job.
         job: Incarnation,
@@ -139,7 +149,7 @@ pub enum StoreRequest {
         /// The shard.
         shard: ShardIndex,
     },
-    /// Makes a complete upload version 0, by compare-and-swap.
+    /// Makes a complete upload the first version, by compare-and-swap.
     Activate {
         /// Life of the job.
         job: Incarnation,
@@ -189,6 +199,33 @@ pub enum StoreRequest {
     },
     /// The jobs in the store.
     List,
+    /// Keeps one version of all shards readable: the newest of any shard, which the others reach with their
+    /// next commits. Asking again with the same id renews it; one that is not renewed for
+    /// [`crate::limits::HOLD_SECONDS`] is forgotten, and so are all when the store restarts.
+    Hold {
+        /// Life of the job.
+        job: Incarnation,
+        /// Names the hold.
+        hold: Incarnation,
+    },
+    /// As [`StoreRequest::Fetch`], of the version that a hold keeps.
+    FetchHeld {
+        /// Life of the job.
+        job: Incarnation,
+        /// The hold.
+        hold: Incarnation,
+        /// The shard.
+        shard: ShardIndex,
+        /// Whether optimizer slots are wanted too.
+        slots: bool,
+    },
+    /// Forgets a hold. Idempotent.
+    Release {
+        /// Life of the job.
+        job: Incarnation,
+        /// The hold.
+        hold: Incarnation,
+    },
 }
 
 /// Most heads in one request (40 bytes each).
@@ -211,6 +248,13 @@ pub enum StoreReply {
     Jobs(Vec<StoreJob>),
     /// Refused.
     Error(WireError),
+    /// A hold stands.
+    Held {
+        /// The version it keeps.
+        version: Version,
+        /// All shards have it.
+        complete: bool,
+    },
 }
 
 /// Requests to the gateway.
@@ -246,6 +290,94 @@ pub enum ApiRequest {
         /// Whether it has anything in flight or to push.
         active: bool,
     },
+    /// Lists jobs in the order of their keys, a page at a time.
+    Jobs {
+        /// Only this tenant's.
+        tenant: Option<Name>,
+        /// Only those behind this one.
+        after: Option<JobKey>,
+        /// How many, at most [`crate::limits::MAX_PAGE`].
+        limit: u32,
+    },
+    /// Where a job's shards stand.
+    Progress(JobKey),
+    /// Changes what a job may do.
+    Control(JobKey, JobCommand),
+    /// Changes settings of a job's function from some round on.
+    SetSettings {
+        /// The job.
+        key: JobKey,
+        /// What changes.
+        change: SettingsChange,
+    },
+    /// Creates a new life of a job, to be filled by one upload.
+    Restore {
+        /// What it is created with.
+        spec: Box<JobSpec>,
+        /// The function with the settings that it begins with, where those differ from the specification's.
+        function: Option<FunctionSpec>,
+        /// The upload that will be activated.
+        upload: Incarnation,
+        /// The version that it becomes.
+        version: Version,
+        /// The life that it takes the place of; `None` where there is none.
+        replaces: Option<Incarnation>,
+    },
+}
+
+/// What may be done with a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobCommand {
+    /// Close no more rounds; workers wait. The text says why, to them.
+    Pause(String),
+    /// Go on.
+    Resume,
+    /// End the job: every worker gets [`crate::ErrorCode::Aborted`] with this text. Its parameters stay until the
+    /// job is deleted.
+    Abort(String),
+}
+
+/// A change of settings.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SettingsChange {
+    /// First round with the new settings; `None` for the next one that no shard can have begun. A round that may
+    /// have begun is refused.
+    pub from_round: Option<Round>,
+    /// Settings of the function that change; the others stay.
+    pub settings: Settings,
+    /// Settings of parameter groups that change, by index.
+    pub groups: BTreeMap<u32, Settings>,
+}
+
+/// A job in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSummary {
+    /// Its names.
+    pub key: JobKey,
+    /// This life of it.
+    pub incarnation: Incarnation,
+    /// In one word, as [`crate::JobState::name`], or `paused`.
+    pub state: String,
+    /// Its function.
+    pub function: String,
+    /// Founding members.
+    pub workers: u32,
+    /// Members that have not left.
+    pub members: u32,
+    /// Elements of the model.
+    pub elements: u64,
+    /// What a commit survives.
+    pub durability: Durability,
+}
+
+/// Where a job's shards stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Version of the slowest shard: the last round that is complete.
+    pub min: Version,
+    /// Version of the fastest shard.
+    pub max: Version,
 }
 
 /// Claim of a rank by a worker's life.
@@ -298,7 +430,21 @@ pub enum ApiReply {
         window_bytes: u64,
         /// Newest roster.
         roster_epoch: Epoch,
+        /// Why the job is paused, if it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        paused: Option<String>,
     },
     /// Refused.
     Error(WireError),
+    /// A page of jobs.
+    JobPage {
+        /// In the order of their keys.
+        jobs: Vec<JobSummary>,
+        /// Where the next page goes on, if there is one.
+        next: Option<JobKey>,
+    },
+    /// Where the job's shards stand.
+    Progress(Progress),
+    /// The settings that were added.
+    Settings(SettingsRevision),
 }

@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Epoch, Incarnation, JobKey, JobSpec, Layout, Partition, Rank, Round, SettingsRevision, ShardIndex,
-    StoreId, StoreJob, WireError,
+    Epoch, ErrorCode, Incarnation, Init, JobKey, JobSpec, Layout, Partition, Rank, Round, SettingsRevision,
+    ShardIndex, StoreId, StoreJob, Version, WireError,
 };
 
 /// Life of a job.
@@ -21,6 +21,64 @@ pub enum JobState {
     Running,
     /// No round will close any more; every worker gets this error.
     Failed(WireError),
+    /// Its bytes, its roster and at last its record are being removed. What is cut short is taken up again by
+    /// the leading gateway.
+    Deleting,
+}
+
+impl JobState {
+    /// What whoever wants to go on with a job in this state is told, if that will never be possible.
+    #[must_use]
+    pub fn end(&self, key: &JobKey) -> Option<WireError> {
+        match self {
+            Self::Failed(error) if error.code == ErrorCode::Aborted => Some(error.clone()),
+            Self::Failed(error) => Some(WireError::new(ErrorCode::JobFailed, error.to_string())),
+            Self::Deleting => {
+                let text = format!("this life of job {key} is over: open the job again");
+                Some(WireError::new(ErrorCode::Gone, text))
+            }
+            Self::Creating | Self::Initialising | Self::Running => None,
+        }
+    }
+
+    /// In one word.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Creating => "creating",
+            Self::Initialising => "initialising",
+            Self::Running => "running",
+            Self::Failed(error) if error.code == ErrorCode::Aborted => "aborted",
+            Self::Failed(_) => "failed",
+            Self::Deleting => "deleting",
+        }
+    }
+}
+
+/// Where the parameters of a life come from that does not begin at version 0, or not with rank 0's parameters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The only upload that may be activated.
+    pub upload: Incarnation,
+    /// The version that it becomes.
+    pub version: Version,
+    /// The life that this one takes the place of; its bytes go when this one is made.
+    pub replaces: Option<Incarnation>,
+}
+
+/// What sets a life of a job apart from one that was just created and runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// No round is closed while this is there; it says why.
+    pub paused: Option<String>,
+    /// Restored, or seeded.
+    pub origin: Option<Origin>,
+}
+
+impl Life {
+    fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A job as the registry knows it: `job.<tenant>.<job>`.
@@ -42,9 +100,18 @@ pub struct JobRecord {
     pub state: JobState,
     /// Settings by first round, ascending.
     pub settings: Vec<SettingsRevision>,
+    /// Pause and origin.
+    #[serde(default, skip_serializing_if = "Life::is_plain")]
+    pub life: Life,
 }
 
 impl JobRecord {
+    /// The version its first round builds on.
+    #[must_use]
+    pub fn first_version(&self) -> Version {
+        self.life.origin.as_ref().map_or(0, |origin| origin.version)
+    }
+
     /// The settings that fold `round`.
     #[must_use]
     pub fn settings_of(&self, round: Round) -> &SettingsRevision {
@@ -69,7 +136,8 @@ impl JobRecord {
             slots: self.slots,
             durability: self.spec.durability,
             max_members: self.spec.max_members,
-            init: self.spec.init,
+            init: if self.life.origin.is_some() { Init::Upload } else { self.spec.init },
+            first_version: self.first_version(),
         }
     }
 
@@ -118,9 +186,23 @@ pub struct Roster {
     pub started: bool,
     /// Present and recent members; at most one tenure of a rank counts in any round.
     pub members: Vec<Member>,
+    /// Whoever has read this roster has read the job's settings up to this revision, if the job's record was read
+    /// after it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub revision: u32,
+}
+
+fn is_zero(revision: &u32) -> bool {
+    *revision == 0
 }
 
 impl Roster {
+    /// The roster of a life that nobody has joined yet.
+    #[must_use]
+    pub fn new(job: Incarnation) -> Self {
+        Self { job, epoch: 1, started: false, members: Vec::new(), revision: 0 }
+    }
+
     /// The members that `round` waits for, in no particular order.
     pub fn of_round(&self, round: Round) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(move |member| member.counts_in(round))

@@ -189,6 +189,38 @@ pub struct JobSpec {
     pub shard_bytes: u32,
     /// Most ranks the job may ever have; bounds its ledgers.
     pub max_members: u32,
+    /// What happens around its rounds.
+    #[serde(default, skip_serializing_if = "Policy::is_default")]
+    pub policy: Policy,
+}
+
+/// What happens to a job `process` whose rounds were lost with the power (rule P27).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// It fails with [`ErrorCode::Diverged`].
+    #[default]
+    Fail,
+    /// A new life goes on from the newest version that all shards still have; its workers join again.
+    RollBack,
+    /// A new life waits for the parameters of a worker that joins again.
+    Reseed,
+}
+
+/// What happens around a job's rounds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Policy {
+    /// Time without any member after which the job is deleted, milliseconds; `None` for never.
+    pub ttl_ms: Option<u64>,
+    /// What happens when state is lost.
+    pub on_loss: OnLoss,
+}
+
+impl Policy {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl JobSpec {
@@ -280,6 +312,9 @@ impl JobSpec {
                     limits::MAX_DEADLINE_MS
                 ));
             }
+        }
+        if self.policy.ttl_ms == Some(0) {
+            return invalid("policy.ttl_ms 0: leave it out for a job that nobody deletes but you".into());
         }
         if self.function.groups.len() > limits::MAX_GROUPS {
             return limit(format!(

@@ -8,6 +8,10 @@ pub const REGISTRY_BUCKET: &str = "thalweg";
 pub const DEAD_LETTER_STREAM: &str = "THALWEG_DEADLETTER";
 /// All subjects of the dead-letter stream.
 pub const DEAD_LETTER_SUBJECTS: &str = "thalweg.deadletter.>";
+/// Stream of events.
+pub const EVENT_STREAM: &str = "THALWEG_EVENTS";
+/// All subjects of the stream of events.
+pub const EVENT_SUBJECTS: &str = "thalweg.event.>";
 /// Requests of the SDK to the gateway.
 pub const API: &str = "thalweg.api";
 /// Heartbeats of all workers; every gateway hears them, the leading one answers.
@@ -77,6 +81,12 @@ pub fn dead_letter(key: Option<&JobKey>) -> String {
         Some(key) => format!("thalweg.deadletter.{}.{}", key.tenant, key.job),
         None => "thalweg.deadletter._._".to_owned(),
     }
+}
+
+/// Where events of a job are published, as JSON.
+#[must_use]
+pub fn event(tenant: &str, job: &str) -> String {
+    format!("thalweg.event.{tenant}.{job}")
 }
 
 /// Requests to the store with this data directory.

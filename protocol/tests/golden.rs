@@ -18,9 +18,10 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Dtype, Durability, ErrorCode, FrameError,
-    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobKey, JobRecord,
-    JobSpec, JobState, Kind, Layout, Lease, Ledger, Member, Mode, NonFinite, ParameterGroup, PlacedPartition,
-    Placement, RankSet, Reject, ResultHeader, Roster, Setting, SettingsRevision, StateId, StoreId, StoreJob,
+    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
+    JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, NonFinite,
+    OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
+    ResultHeader, Roster, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
     StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef,
     checksum, frame,
 };
@@ -117,6 +118,7 @@ fn spec() -> JobSpec {
         init: Init::Upload,
         shard_bytes: 524_288,
         max_members: 16,
+        policy: Policy::default(),
     }
 }
 
@@ -149,6 +151,7 @@ fn job(state: JobState) -> JobRecord {
             SettingsRevision { revision: 0, from_round: 0, function: function() },
             SettingsRevision { revision: 1, from_round: 40, function: FunctionSpec::named("sgd") },
         ],
+        life: Life::default(),
     }
 }
 
@@ -162,7 +165,7 @@ fn roster() -> Roster {
         confirmed: false,
     };
     let gone = Member { rank: 1, worker: "host-b".into(), until_round: Some(40), ..member };
-    Roster { job: JOB, epoch: 300, started: true, members: vec![member, gone] }
+    Roster { job: JOB, epoch: 300, started: true, members: vec![member, gone], revision: 0 }
 }
 
 fn worker() -> WorkerRef {
@@ -178,6 +181,25 @@ fn store_job() -> StoreJob {
         durability: Durability::Disk,
         max_members: 16,
         init: Init::Upload,
+        first_version: 0,
+    }
+}
+
+fn settings_change() -> SettingsChange {
+    let lr = || Settings::from([("lr".to_owned(), Setting::Number(0.05))]);
+    SettingsChange { from_round: Some(300), settings: lr(), groups: [(1, lr())].into() }
+}
+
+fn summary() -> JobSummary {
+    JobSummary {
+        key: key(),
+        incarnation: JOB,
+        state: "running".into(),
+        function: "sgd".into(),
+        workers: 4,
+        members: 3,
+        elements: 650,
+        durability: Durability::Process,
     }
 }
 
@@ -194,6 +216,9 @@ fn request_name(request: &StoreRequest) -> &'static str {
         StoreRequest::Fence { .. } => "store_request_fence",
         StoreRequest::Delete { .. } => "store_request_delete",
         StoreRequest::List => "store_request_list",
+        StoreRequest::Hold { .. } => "store_request_hold",
+        StoreRequest::FetchHeld { .. } => "store_request_fetch_held",
+        StoreRequest::Release { .. } => "store_request_release",
     }
 }
 
@@ -210,6 +235,7 @@ fn reply_name(reply: &StoreReply) -> &'static str {
         StoreReply::Fenced(_) => "store_reply_fenced",
         StoreReply::Jobs(_) => "store_reply_jobs",
         StoreReply::Error(_) => "store_reply_error",
+        StoreReply::Held { .. } => "store_reply_held",
     }
 }
 
@@ -224,6 +250,13 @@ fn api_request_name(request: &ApiRequest) -> &'static str {
         ApiRequest::Join(_) => "api_request_join",
         ApiRequest::Leave(_) => "api_request_leave",
         ApiRequest::Beat { .. } => "api_request_beat",
+        ApiRequest::Jobs { .. } => "api_request_jobs",
+        ApiRequest::Progress(_) => "api_request_progress",
+        ApiRequest::Control(_, JobCommand::Pause(_)) => "api_request_pause",
+        ApiRequest::Control(_, JobCommand::Resume) => "api_request_resume",
+        ApiRequest::Control(_, JobCommand::Abort(_)) => "api_request_abort",
+        ApiRequest::SetSettings { .. } => "api_request_set_settings",
+        ApiRequest::Restore { .. } => "api_request_restore",
     }
 }
 
@@ -234,7 +267,11 @@ fn api_reply_name(reply: &ApiReply) -> &'static str {
         ApiReply::Job(..) => "api_reply_job",
         ApiReply::Jobs(_) => "api_reply_jobs",
         ApiReply::Joined { .. } => "api_reply_joined",
-        ApiReply::Beat { .. } => "api_reply_beat",
+        ApiReply::Beat { paused: None, .. } => "api_reply_beat",
+        ApiReply::Beat { paused: Some(_), .. } => "api_reply_beat_paused",
+        ApiReply::JobPage { .. } => "api_reply_job_page",
+        ApiReply::Progress(_) => "api_reply_progress",
+        ApiReply::Settings(_) => "api_reply_settings",
         ApiReply::Error(_) => "api_reply_error",
     }
 }
@@ -246,6 +283,7 @@ fn job_name(state: &JobState) -> &'static str {
         JobState::Initialising => "record_job_initialising",
         JobState::Running => "record_job_running",
         JobState::Failed(_) => "record_job_failed",
+        JobState::Deleting => "record_job_deleting",
     }
 }
 
@@ -297,6 +335,9 @@ fn store_messages() -> Vec<Golden> {
         (StoreRequest::Fence { job: JOB, epoch: 300, from_round: 42 }, &[]),
         (StoreRequest::Delete { job: JOB }, &[]),
         (StoreRequest::List, &[]),
+        (StoreRequest::Hold { job: JOB, hold: UPLOAD }, &[]),
+        (StoreRequest::FetchHeld { job: JOB, hold: UPLOAD, shard: 1, slots: true }, &[]),
+        (StoreRequest::Release { job: JOB, hold: UPLOAD }, &[]),
     ];
     let replies = [
         (StoreReply::Done, &[][..]),
@@ -309,6 +350,7 @@ fn store_messages() -> Vec<Golden> {
         (StoreReply::Fenced(41), &[]),
         (StoreReply::Jobs(vec![store_job()]), &[]),
         (StoreReply::Error(error()), &[]),
+        (StoreReply::Held { version: 300, complete: true }, &[]),
     ];
     let requests = requests
         .into_iter()
@@ -329,13 +371,30 @@ fn api_messages() -> Vec<Golden> {
         ApiRequest::Join(Claim { worker: worker(), id: "host-a".into(), replaces: None }),
         ApiRequest::Leave(worker()),
         ApiRequest::Beat { worker: worker(), window_bytes: 1 << 26, active: true },
+        ApiRequest::Jobs { tenant: Some(key().tenant), after: Some(key()), limit: 100 },
+        ApiRequest::Progress(key()),
+        ApiRequest::Control(key(), JobCommand::Pause("for maintenance".into())),
+        ApiRequest::Control(key(), JobCommand::Resume),
+        ApiRequest::Control(key(), JobCommand::Abort("wrong data".into())),
+        ApiRequest::SetSettings { key: key(), change: settings_change() },
+        ApiRequest::Restore {
+            spec: Box::new(spec()),
+            function: Some(function()),
+            upload: UPLOAD,
+            version: 300,
+            replaces: Some(JOB),
+        },
     ];
     let replies = [
         ApiReply::Done,
         ApiReply::Job(Box::new(job(JobState::Running)), roster()),
         ApiReply::Jobs(vec![job(JobState::Initialising)]),
         ApiReply::Joined { roster: roster(), window_bytes: 1 << 26, lease_ms: 10_000 },
-        ApiReply::Beat { window_bytes: 1 << 26, roster_epoch: 300 },
+        ApiReply::Beat { window_bytes: 1 << 26, roster_epoch: 300, paused: None },
+        ApiReply::Beat { window_bytes: 1 << 26, roster_epoch: 300, paused: Some("for maintenance".into()) },
+        ApiReply::JobPage { jobs: vec![summary()], next: Some(key()) },
+        ApiReply::Progress(Progress { min: 300, max: 301 }),
+        ApiReply::Settings(SettingsRevision { revision: 1, from_round: 300, function: function() }),
         ApiReply::Error(error()),
     ];
     let requests = requests
@@ -347,7 +406,9 @@ fn api_messages() -> Vec<Golden> {
         ("api_request_open_job_fail", NonFinite::Fail),
     ]
     .map(|(name, policy)| golden(name, Kind::ApiRequest, ApiRequest::OpenJob(other_spec(policy)), &[]));
-    requests.chain(replies).chain(others).collect()
+    let again = Claim { worker: worker(), id: "host-a".into(), replaces: Some(UPLOAD) };
+    let again = golden("api_request_join_again", Kind::ApiRequest, ApiRequest::Join(again), &[]);
+    requests.chain(replies).chain(others).chain([again]).collect()
 }
 
 fn records() -> Vec<Golden> {
@@ -372,9 +433,25 @@ fn records() -> Vec<Golden> {
         record("record_suspect", suspect),
         record("error_codes", ErrorCode::ALL.to_vec()),
     ];
-    for state in [JobState::Creating, JobState::Initialising, JobState::Running, JobState::Failed(error())] {
+    let states = [
+        JobState::Creating,
+        JobState::Initialising,
+        JobState::Running,
+        JobState::Failed(error()),
+        JobState::Deleting,
+    ];
+    for state in states {
         goldens.push(record(job_name(&state), job(state)));
     }
+    let origin = Origin { upload: UPLOAD, version: 300, replaces: Some(WORKER) };
+    let life = Life { paused: Some("for maintenance".into()), origin: Some(origin) };
+    let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack };
+    let plain = job(JobState::Running);
+    goldens
+        .push(record("record_job_restored", JobRecord { life, spec: JobSpec { policy, ..spec() }, ..plain }));
+    let member = Member { confirmed: true, ..roster().members[0].clone() };
+    goldens
+        .push(record("record_roster_confirmed", Roster { members: vec![member], revision: 7, ..roster() }));
     for state in [InvokerState::Starting, InvokerState::Ready, InvokerState::Draining] {
         let beat = InvokerBeat {
             invoker: "invoker-1".into(),

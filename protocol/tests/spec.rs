@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::{collection::btree_set, prelude::*};
 use thalweg_protocol::{
     Dtype, Durability, ErrorCode, FunctionSpec, Incarnation, Init, JobKey, JobRecord, JobSpec, JobState,
-    Layout, Ledger, Member, Mode, Name, NonFinite, ParameterGroup, RankSet, Roster, Settings,
+    Layout, Ledger, Life, Member, Mode, Name, NonFinite, ParameterGroup, Policy, RankSet, Roster, Settings,
     SettingsRevision, StateId, StoreId, StoreJob, TensorSpec, WireError, limits, offsets, partition_of,
     subjects,
 };
@@ -30,6 +30,7 @@ fn valid() -> JobSpec {
         init: Init::Zeros,
         shard_bytes: limits::DEFAULT_SHARD_BYTES,
         max_members: 16,
+        policy: Policy::default(),
     }
 }
 
@@ -385,6 +386,7 @@ fn job(from_rounds: &[u64]) -> JobRecord {
         partitions: 32,
         state: JobState::Running,
         settings: settings.collect(),
+        life: Life::default(),
     }
 }
 
@@ -421,6 +423,7 @@ fn states_are_counted_in_bytes() {
         durability: Durability::Disk,
         max_members: 16,
         init: Init::Zeros,
+        first_version: 0,
     };
     for (shard, elements) in [(0, 512), (1, 138), (2, 0)] {
         assert_eq!(stored.parameter_bytes(shard), elements * 4);
@@ -440,6 +443,7 @@ fn a_round_waits_for_the_members_of_its_time() {
         confirmed: true,
     };
     let roster = Roster {
+        revision: 0,
         job: life(0),
         epoch: 4,
         started: true,

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use thalweg_broker::{Backoff, Connection, NatsConfig, Registry, RequestError, request};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Kind, Rank, Roster,
+    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobRecord, JobState, Kind, Rank, Roster,
     StoreRequest, WireError, WorkerRef, frame, offsets, subjects,
 };
 use tokio::sync::watch;
@@ -29,6 +29,7 @@ const EXPLAIN: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub struct Client {
     connection: Connection,
+    patience: Duration,
 }
 
 /// How a worker joins.
@@ -62,7 +63,7 @@ impl Default for JoinOptions {
 }
 
 /// A wait with an end, explained now and then.
-struct Patience {
+pub(crate) struct Patience {
     until: Instant,
     explained: Instant,
     backoff: Backoff,
@@ -70,14 +71,14 @@ struct Patience {
 }
 
 impl Patience {
-    fn new(after: Duration) -> Self {
+    pub(crate) fn new(after: Duration) -> Self {
         let now = Instant::now();
         let backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(250));
         Self { until: now + after, explained: now, backoff, after }
     }
 
     /// Waits a little for `what`.
-    async fn wait(&mut self, what: &str, hint: &str) -> Result<(), Error> {
+    pub(crate) async fn wait(&mut self, what: &str, hint: &str) -> Result<(), Error> {
         let now = Instant::now();
         if now >= self.until {
             return Err(Error::TimedOut { what: what.to_owned(), after: self.after, hint: hint.to_owned() });
@@ -107,7 +108,19 @@ impl Client {
     pub async fn connect_with(config: &NatsConfig) -> Result<Self, Error> {
         let connection = Connection::open("thalweg-sdk", config, &CancellationToken::new()).await;
         let connection = connection.map_err(|error| Error::Connect(error.to_string()))?;
-        connection.map(|connection| Self { connection }).ok_or(Error::Left)
+        connection.map(|connection| Self { connection, patience: REQUEST * 6 }).ok_or(Error::Left)
+    }
+
+    /// How long to wait for an answer about a job, of a gateway that may be starting; joining has waits of its own
+    /// ([`JoinOptions`]). Default 30 seconds.
+    #[must_use]
+    pub fn patient_for(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    pub(crate) fn patience(&self) -> Patience {
+        Patience::new(self.patience)
     }
 
     /// Asks the gateway once.
@@ -121,7 +134,7 @@ impl Client {
     }
 
     /// Asks the gateway until it answers, or says something that waiting cannot cure.
-    async fn ask(&self, query: &ApiRequest, patience: &mut Patience) -> Result<ApiReply, Error> {
+    pub(crate) async fn ask(&self, query: &ApiRequest, patience: &mut Patience) -> Result<ApiReply, Error> {
         self.ask_as(None, query, patience).await
     }
 
@@ -165,40 +178,6 @@ impl Client {
         let query = ApiRequest::OpenJob(job.spec()?);
         match self.ask(&query, &mut Patience::new(JoinOptions::default().timeout)).await? {
             ApiReply::Job(record, _) => Ok(*record),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Reads a job and its roster.
-    ///
-    /// # Errors
-    /// `unknown_job`.
-    pub async fn job(&self, key: &JobKey) -> Result<(JobRecord, Roster), Error> {
-        let query = ApiRequest::GetJob(key.clone());
-        match self.ask(&query, &mut Patience::new(JoinOptions::default().timeout)).await? {
-            ApiReply::Job(record, roster) => Ok((*record, roster)),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// All jobs.
-    ///
-    /// # Errors
-    /// When no gateway answers.
-    pub async fn jobs(&self) -> Result<Vec<JobRecord>, Error> {
-        match self.ask(&ApiRequest::ListJobs, &mut Patience::new(REQUEST * 6)).await? {
-            ApiReply::Jobs(jobs) => Ok(jobs),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Removes a job with everything of it. Its workers get `gone`.
-    ///
-    /// # Errors
-    /// `unknown_job`.
-    pub async fn delete(&self, key: &JobKey) -> Result<(), Error> {
-        match self.ask(&ApiRequest::DeleteJob(key.clone()), &mut Patience::new(REQUEST * 6)).await? {
-            ApiReply::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
@@ -321,12 +300,16 @@ impl Client {
         loop {
             match &record.state {
                 JobState::Running => return Ok(record),
-                JobState::Failed(error) => {
-                    return Err(WireError::new(ErrorCode::JobFailed, error.to_string()).into());
+                state => {
+                    if let Some(error) = state.end(&record.spec.key) {
+                        return Err(error.into());
+                    }
                 }
-                JobState::Initialising | JobState::Creating => {}
             }
-            if rank == 0 && !options.initial.is_empty() {
+            if record.life.origin.is_some() {
+                let hint = "it is being restored from a snapshot; if that was cut short, restore it again";
+                patience.wait("the parameters of the snapshot", hint).await?;
+            } else if rank == 0 && !options.initial.is_empty() {
                 self.upload(&record, &options.initial, patience).await?;
             } else {
                 let hint = "rank 0 gives them when it joins (JoinOptions::initial)";
@@ -448,8 +431,8 @@ impl Client {
                     return Err(WireError::new(ErrorCode::Gone, text).into());
                 }
                 ApiReply::Job(newer, newest) => {
-                    if let JobState::Failed(error) = &newer.state {
-                        return Err(WireError::new(ErrorCode::JobFailed, error.to_string()).into());
+                    if let Some(error) = newer.state.end(&record.spec.key) {
+                        return Err(error.into());
                     }
                     roster = newest;
                 }
@@ -476,10 +459,15 @@ impl Client {
 
     /// Gives a worker's rank back.
     pub(crate) async fn leave(&self, worker: &WorkerRef) -> Result<(), Error> {
-        match self.ask(&ApiRequest::Leave(worker.clone()), &mut Patience::new(REQUEST * 6)).await? {
+        match self.ask(&ApiRequest::Leave(worker.clone()), &mut self.patience()).await? {
             ApiReply::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// JetStream, for dead letters and events.
+    pub(crate) fn jetstream(&self) -> &async_nats::jetstream::Context {
+        &self.connection.jetstream
     }
 
     /// The connection, for what this crate does not offer.
@@ -488,6 +476,6 @@ impl Client {
     }
 }
 
-fn unexpected(reply: &ApiReply) -> Error {
+pub(crate) fn unexpected(reply: &ApiReply) -> Error {
     WireError::new(ErrorCode::Malformed, format!("unexpected reply of the gateway: {reply:?}")).into()
 }

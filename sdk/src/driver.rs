@@ -37,12 +37,14 @@ pub(crate) struct Shared {
     /// Actions for the task, put there by the handle.
     inbox: Mutex<Vec<Action>>,
     wake: Notify,
+    /// Why the job is paused, if it is.
+    pub(crate) paused: Mutex<Option<String>>,
     /// Bytes of payload and overhead given to the broker and taken from it, for reports.
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The engine's methods leave it consistent before anything in them can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -55,6 +57,7 @@ impl Shared {
             sent: Notify::new(),
             inbox: Mutex::default(),
             wake: Notify::new(),
+            paused: Mutex::default(),
             sent_bytes: AtomicU64::new(0),
             received_bytes: AtomicU64::new(0),
         }
@@ -91,7 +94,14 @@ enum Done {
     Published(ShardIndex, Round, u64, Result<(), PublishErrorKind>),
     Asked(Result<(Vec<Head>, Vec<i64>), WireError>),
     Fetched(ShardIndex, Result<(Head, Ledger, Bytes), WireError>),
-    Beat(Option<Result<(u64, u64), WireError>>),
+    Beat(Option<Result<Beat, WireError>>),
+}
+
+/// What the gateway says to a heartbeat.
+struct Beat {
+    window_bytes: u64,
+    roster_epoch: u64,
+    paused: Option<String>,
 }
 
 type Work = FuturesUnordered<BoxFuture<'static, Done>>;
@@ -257,8 +267,9 @@ impl Driver {
                     Vec::new()
                 }
             }
-            Done::Beat(Some(Ok((window_bytes, roster_epoch)))) => {
+            Done::Beat(Some(Ok(Beat { window_bytes, roster_epoch, paused }))) => {
                 self.window_bytes.send_replace(window_bytes);
+                self.tell_pause(paused);
                 engine.window(window_bytes, roster_epoch, now)
             }
             Done::Beat(Some(Err(error))) => {
@@ -266,6 +277,20 @@ impl Driver {
                 Vec::new()
             }
         }
+    }
+
+    /// A pause is a reason to wait that a training loop should be able to see.
+    fn tell_pause(&self, paused: Option<String>) {
+        let mut known = lock(&self.shared.paused);
+        if *known == paused {
+            return;
+        }
+        let (job, rank) = (&self.worker.key, self.worker.rank);
+        match &paused {
+            Some(reason) => tracing::warn!(%job, rank, reason, "job is paused: rounds wait"),
+            None => tracing::info!(%job, rank, "job goes on"),
+        }
+        *known = paused;
     }
 
     fn beat(&self) -> BoxFuture<'static, Done> {
@@ -280,8 +305,8 @@ impl Driver {
             let kinds = (Kind::ApiRequest, Kind::ApiReply);
             let reply = request(&client, subjects::WORKER_BEAT, kinds, &beat, &[], REQUEST).await;
             Done::Beat(match reply {
-                Ok((ApiReply::Beat { window_bytes, roster_epoch }, _)) => {
-                    Some(Ok((window_bytes, roster_epoch)))
+                Ok((ApiReply::Beat { window_bytes, roster_epoch, paused }, _)) => {
+                    Some(Ok(Beat { window_bytes, roster_epoch, paused }))
                 }
                 Ok((ApiReply::Error(error), _)) if !error.is_retryable() => Some(Err(error)),
                 // No gateway for now: training goes on with the window we have.

@@ -51,6 +51,14 @@ pub enum Error {
         /// What has to be pushed.
         missing: String,
     },
+    /// A snapshot's file cannot be read or written.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: String,
+        /// What the file system, or the file's contents, say.
+        reason: String,
+    },
     /// The worker has been shut down.
     #[error("this worker has left its job")]
     Left,

@@ -1,8 +1,8 @@
 //! Describing a job.
 
 use thalweg_protocol::{
-    Dtype, Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, Name, NonFinite, ParameterGroup,
-    TensorSpec, limits,
+    Dtype, Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, Name, NonFinite, OnLoss, ParameterGroup,
+    Policy, TensorSpec, limits,
 };
 
 use crate::Error;
@@ -49,8 +49,16 @@ impl Job {
             init: Init::Zeros,
             shard_bytes: limits::DEFAULT_SHARD_BYTES,
             max_members: 256,
+            policy: Policy::default(),
         };
         Ok(Self { spec, non_finite: None })
+    }
+
+    /// A job as somebody else has described it, such as [`Client::job`](crate::Client::job).
+    #[must_use]
+    pub fn from_spec(spec: JobSpec) -> Self {
+        let non_finite = Some(spec.non_finite);
+        Self { spec, non_finite }
     }
 
     /// Adds an f32 tensor. Order matters: all workers add the same tensors in the same order.
@@ -118,6 +126,20 @@ impl Job {
     #[must_use]
     pub fn shard_bytes(mut self, bytes: u32) -> Self {
         self.spec.shard_bytes = bytes;
+        self
+    }
+
+    /// Deletes the job once nobody has been in it for so long. Default: never.
+    #[must_use]
+    pub fn time_to_live(mut self, ttl: std::time::Duration) -> Self {
+        self.spec.policy.ttl_ms = Some(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// What happens when rounds are lost with the power (durability `process`). Default: the job fails.
+    #[must_use]
+    pub fn on_loss(mut self, on_loss: OnLoss) -> Self {
+        self.spec.policy.on_loss = on_loss;
         self
     }
 

@@ -22,18 +22,25 @@
 //! broker included, costs time and nothing else. What a call promises when it is cancelled stands with
 //! the call.
 
+mod admin;
 mod client;
 mod driver;
 pub mod engine;
 mod error;
 mod job;
+mod snapshot;
+mod stream;
 mod worker;
 
 pub use client::{Client, JoinOptions};
 pub use error::Error;
 pub use job::Job;
+pub use snapshot::{RestoreOptions, Snapshot, SnapshotOptions, model_of};
+pub use stream::{DeadLetter, EventsOptions};
 pub use thalweg_broker::NatsConfig;
 pub use thalweg_protocol::{
-    Durability, ErrorCode, FunctionSpec, JobKey, Name, NonFinite, ParameterGroup, Setting, WireError,
+    Durability, ErrorCode, Event, EventKind, FunctionSpec, JobCommand, JobKey, JobRecord, JobState,
+    JobSummary, Name, NonFinite, OnLoss, ParameterGroup, Progress, Roster, Setting, SettingsChange,
+    SettingsRevision, WireError,
 };
 pub use worker::{Round, Worker};

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Client, Error,
-    driver::{Shared, fetch},
+    driver::{Shared, fetch, lock},
 };
 
 /// Bytes copied and not yet sent that a push tolerates before it waits.
@@ -39,6 +39,8 @@ pub struct Worker {
     building: HashMap<ShardIndex, (FrameBuilder, usize)>,
     /// Tensors of each shard's results that were not pulled yet.
     unpulled: HashMap<ShardIndex, usize>,
+    /// Rounds that were finished last, with their roster: to tell what has changed since the one before.
+    rosters: [(Version, u64); 2],
 }
 
 /// A finished round.
@@ -53,6 +55,14 @@ pub struct Round {
     pub counted: bool,
     /// Others closed rounds without this worker; the tensors are those of the newest one.
     pub superseded: bool,
+    /// Roster that closed it: the newest of any shard. It grows when workers join or leave.
+    pub roster_epoch: u64,
+    /// Whether that is another roster than the one of this worker's round before: somebody has joined or left
+    /// ([`Client::job`] tells who is there).
+    pub roster_changed: bool,
+    /// Number of the settings that it was folded with, 0 for those of the job's creation
+    /// ([`Client::set_settings`]).
+    pub settings_revision: u32,
     /// Why this worker's contribution was taken as void, if somebody said so.
     pub advice: Option<WireError>,
     /// Results in the order of the tensors that were pushed (only from [`Worker::push_pull`]).
@@ -76,6 +86,7 @@ impl Worker {
             pulled: vec![false; tensors],
             building: HashMap::new(),
             unpulled: HashMap::new(),
+            rosters: [(0, 0); 2],
             weight: 1.0,
             client,
             record,
@@ -338,7 +349,14 @@ impl Worker {
         self.wait_until(crate::engine::Engine::is_complete).await?;
         let engine = self.shared.engine();
         let ledgers = || (0..self.record.layout.shards()).filter_map(|shard| engine.shard_result(shard));
+        let roster_epoch = ledgers().map(|result| result.ledger.roster_epoch).max().unwrap_or(0);
+        if self.rosters[1].0 < engine.target() {
+            self.rosters = [self.rosters[1], (engine.target(), roster_epoch)];
+        }
         Ok(Round {
+            roster_epoch,
+            roster_changed: self.rosters[0].0 > 0 && self.rosters[0].1 != roster_epoch,
+            settings_revision: ledgers().map(|result| result.ledger.revision).max().unwrap_or(0),
             round: engine.target(),
             contributors: ledgers().map(|result| result.ledger.counted.len()).min().unwrap_or(0),
             counted: ledgers().all(|result| result.ledger.counted.contains(self.worker.rank)),
@@ -346,6 +364,12 @@ impl Worker {
             advice: engine.advice().cloned(),
             tensors: Vec::new(),
         })
+    }
+
+    /// Why the job is paused, if it is: rounds then wait until somebody resumes it.
+    #[must_use]
+    pub fn paused(&self) -> Option<String> {
+        lock(&self.shared.paused).clone()
     }
 
     /// Ledgers of the round by shard, for those who keep books: (shard, version, counted ranks).

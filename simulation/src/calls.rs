@@ -20,7 +20,7 @@ use thalweg_broker::{
     Bucket, Conflict, PartitionDepth, Queue, QueueError, Queues, Registry, RegistryError, Revision,
     StreamsConfig,
 };
-use thalweg_protocol::{Kind, Partition, StoreReply, StoreRequest, frame};
+use thalweg_protocol::{JobKey, Kind, Partition, StoreReply, StoreRequest, frame};
 use thalweg_store::{Route, StoreClient, StoreError};
 
 use crate::network::Millis;
@@ -244,6 +244,11 @@ impl Queues for Remote {
             Answer::Message(message) => Ok(message),
             other => Err(queue_lost(other)),
         }
+    }
+
+    async fn forget(&self, _: &JobKey) -> Result<(), QueueError> {
+        // Dead letters are counted here, not kept.
+        Ok(())
     }
 }
 

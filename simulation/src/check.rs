@@ -93,7 +93,7 @@ impl Checker {
     pub(crate) fn job_written(&mut self, record: &JobRecord) {
         let store_job = record.store_job();
         let checked = self.jobs.entry(record.incarnation).or_insert_with(|| {
-            let roster = Roster { job: record.incarnation, epoch: 0, started: false, members: Vec::new() };
+            let roster = Roster { epoch: 0, ..Roster::new(record.incarnation) };
             let shards = (0..record.layout.shards()).map(|shard| {
                 let head = Head::initial(record.incarnation.0, shard, 0);
                 let state = vec![0; StoreJob::state_bytes(&store_job, shard)].into();

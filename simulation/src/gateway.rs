@@ -39,6 +39,7 @@ impl World {
         let (stores, incarnations) = (remote.clone(), self.incarnations.clone());
         let jobs = Jobs {
             registry: remote.registry(),
+            queues: Arc::new(remote.clone()),
             stores: Arc::new(move |_| Arc::new(stores.store())),
             max_payload: limits::MESSAGE_OVERHEAD_BYTES * 4,
             partitions: self.partitions,
@@ -164,9 +165,9 @@ impl World {
             return reply;
         }
         match frame::open::<ApiReply>(Kind::ApiReply, &reply) {
-            Ok((ApiReply::Beat { roster_epoch, .. }, _)) => {
+            Ok((ApiReply::Beat { roster_epoch, paused, .. }, _)) => {
                 let window_bytes = self.window_budget;
-                frame::seal(Kind::ApiReply, &ApiReply::Beat { window_bytes, roster_epoch }, &[])
+                frame::seal(Kind::ApiReply, &ApiReply::Beat { window_bytes, roster_epoch, paused }, &[])
             }
             _ => reply,
         }

@@ -51,6 +51,7 @@ fn spec(rng: &mut StdRng, name: &str) -> anyhow::Result<JobSpec> {
         init: Init::Zeros,
         shard_bytes: ELEMENTS * 4,
         max_members: 16,
+        policy: thalweg_protocol::Policy::default(),
     })
 }
 

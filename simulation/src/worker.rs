@@ -11,8 +11,8 @@ use bytes::Bytes;
 use rand::{RngExt as _, seq::SliceRandom as _};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, ErrorCode, FrameBuilder, GradientHeader, Head, Incarnation, JobRecord,
-    JobSpec, JobState, Kind, NonFinite, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY, ShardIndex,
-    Streams, WireError, WorkerRef, frame, limits, subjects,
+    JobSpec, Kind, NonFinite, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY, ShardIndex, Streams,
+    WireError, WorkerRef, frame, limits, subjects,
 };
 use thalweg_sdk::engine::{Action, Engine, Timing, first_round, held_up, void_after};
 use thalweg_store::ShardStore as _;
@@ -160,8 +160,8 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
                 return Err(WireError::new(ErrorCode::Gone, "this life of the job is over"));
             }
             ApiReply::Job(newer, newest) => {
-                if let JobState::Failed(error) = &newer.state {
-                    return Err(WireError::new(ErrorCode::JobFailed, error.to_string()));
+                if let Some(error) = newer.state.end(&key) {
+                    return Err(error);
                 }
                 roster = newest;
             }
@@ -246,7 +246,7 @@ impl World {
                 training.engine.fail(error);
                 Vec::new()
             }
-            Done::Beaten(Some(ApiReply::Beat { window_bytes, roster_epoch })) => {
+            Done::Beaten(Some(ApiReply::Beat { window_bytes, roster_epoch, .. })) => {
                 self.windows.insert(self.workers[index as usize].life, window_bytes);
                 self.note(|| format!("worker {index} has a window of {window_bytes} bytes"));
                 self.check_windows();

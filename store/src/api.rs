@@ -82,7 +82,8 @@ pub trait ShardStore: std::fmt::Debug + Send + Sync + 'static {
     /// - Known incarnation with another description: refused with `spec_mismatch`.
     async fn create(&self, job: StoreJob) -> Result<(), StoreError>;
 
-    /// Stores one shard of initial parameters (`4 * elements` bytes) under `upload`; slots start at zero.
+    /// Stores one shard's first state under `upload`: its parameters (`4 * elements` bytes; slots start at zero), or
+    /// parameters and slots (`4 * (1 + slots) * elements` bytes).
     ///
     /// # Behavior
     /// - Another upload of the same shard that is not activated is replaced.
@@ -97,10 +98,10 @@ pub trait ShardStore: std::fmt::Debug + Send + Sync + 'static {
         parameters: Bytes,
     ) -> Result<(), StoreError>;
 
-    /// Makes a complete upload version 0.
+    /// Makes a complete upload the job's first version.
     ///
     /// # Behavior
-    /// - All shards uploaded: the job has version 0 from now on, at the job's durability level.
+    /// - All shards uploaded: the job has its first version from now on, at the job's durability level.
     /// - The same upload again: nothing happens.
     /// - Some shard missing: refused with `not_ready`. Another upload active: `spec_mismatch`.
     async fn activate(&self, job: Incarnation, upload: Incarnation) -> Result<(), StoreError>;
@@ -133,6 +134,30 @@ pub trait ShardStore: std::fmt::Debug + Send + Sync + 'static {
 
     /// Forgets a job and its bytes. A job that is not there: nothing happens.
     async fn delete(&self, job: Incarnation) -> Result<(), StoreError>;
+
+    /// Keeps one version of all shards readable: the newest of any shard, which the others reach with their next
+    /// commits; of a job that has lost rounds, the newest that all shards still have whole. Returns the version, and
+    /// whether all shards have it.
+    ///
+    /// # Behavior
+    /// - The same hold again: renewed, the same version.
+    /// - Not renewed or read for [`thalweg_protocol::limits::HOLD_SECONDS`], or the store restarted: forgotten.
+    /// - More than [`thalweg_protocol::limits::MAX_HOLDS`] at once: refused with `limit`.
+    async fn hold(&self, job: Incarnation, hold: Incarnation) -> Result<(Version, bool), StoreError>;
+
+    /// Reads one shard at the version of a hold, and renews it.
+    ///
+    /// Refused with `not_ready` while the shard has not come there, with `expired` when the hold was forgotten.
+    async fn fetch_held(
+        &self,
+        job: Incarnation,
+        hold: Incarnation,
+        shard: ShardIndex,
+        slots: bool,
+    ) -> Result<ShardState, StoreError>;
+
+    /// Forgets a hold. One that is not there: nothing happens.
+    async fn release(&self, job: Incarnation, hold: Incarnation) -> Result<(), StoreError>;
 
     /// The jobs in the store.
     async fn list(&self) -> Result<Vec<StoreJob>, StoreError>;

@@ -176,6 +176,33 @@ impl ShardStore for StoreClient {
         }
     }
 
+    async fn hold(&self, job: Incarnation, hold: Incarnation) -> Result<(Version, bool), StoreError> {
+        match self.ask(StoreRequest::Hold { job, hold }, &[]).await? {
+            (StoreReply::Held { version, complete }, _) => Ok((version, complete)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn fetch_held(
+        &self,
+        job: Incarnation,
+        hold: Incarnation,
+        shard: ShardIndex,
+        slots: bool,
+    ) -> Result<ShardState, StoreError> {
+        match self.ask(StoreRequest::FetchHeld { job, hold, shard, slots }, &[]).await? {
+            (StoreReply::State(head, ledger), values) => Ok(ShardState { head, ledger, values }),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn release(&self, job: Incarnation, hold: Incarnation) -> Result<(), StoreError> {
+        match self.ask(StoreRequest::Release { job, hold }, &[]).await? {
+            (StoreReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     async fn list(&self) -> Result<Vec<StoreJob>, StoreError> {
         match self.ask(StoreRequest::List, &[]).await? {
             (StoreReply::Jobs(jobs), _) => Ok(jobs),

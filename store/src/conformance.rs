@@ -1,6 +1,7 @@
 //! One suite for every backend: each check holds a store to lines of the contract in [`ShardStore`] and
 //! panics with the line that it breaks. Checks make jobs of their own, so one store serves them all.
 
+mod holds;
 mod races;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use thalweg_protocol::{
 };
 
 use crate::{ShardState, ShardStore, StoreError};
+pub use holds::{first_versions, hold_races, holds};
 pub use races::{fence_races, races};
 
 /// A store under test.
@@ -35,6 +37,9 @@ pub async fn suite(store: &Subject) {
         fences(store, level).await;
         deletion(store, level).await;
         independence(store, level).await;
+        first_versions(store, level).await;
+        holds(store, level).await;
+        Box::pin(hold_races(store, level)).await;
         races(store, level).await;
         Box::pin(fence_races(store, level)).await;
     }
@@ -53,6 +58,7 @@ pub fn job(durability: Durability, init: Init) -> StoreJob {
         durability,
         max_members: 64,
         init,
+        first_version: 0,
     }
 }
 

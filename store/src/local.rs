@@ -232,9 +232,14 @@ impl Inner {
     }
 
     fn slab(&self, job: Incarnation) -> Result<Arc<Slab>, StoreError> {
-        let slab = self.slabs().get(&job).cloned().ok_or_else(|| rules::gone(job))?;
+        let slab = self.any_slab(job)?;
         slab.check_lost()?;
         Ok(slab)
+    }
+
+    /// A job's slab, even if rounds of it were lost.
+    fn any_slab(&self, job: Incarnation) -> Result<Arc<Slab>, StoreError> {
+        self.slabs().get(&job).cloned().ok_or_else(|| rules::gone(job))
     }
 
     /// Ends the flush thread.
@@ -380,6 +385,33 @@ impl ShardStore for LocalStore {
 
     async fn delete(&self, job: Incarnation) -> Result<(), StoreError> {
         self.blocking(move |inner| inner.delete(job)).await
+    }
+
+    async fn hold(&self, job: Incarnation, hold: Incarnation) -> Result<(Version, bool), StoreError> {
+        self.blocking(move |inner| inner.any_slab(job)?.hold(hold)).await
+    }
+
+    async fn fetch_held(
+        &self,
+        job: Incarnation,
+        hold: Incarnation,
+        shard: ShardIndex,
+        slots: bool,
+    ) -> Result<ShardState, StoreError> {
+        let work = move |inner: &Inner| inner.any_slab(job)?.fetch_held(hold, shard, slots);
+        let (state, ticket) = self.blocking(work).await?;
+        self.covered(ticket).await?;
+        Ok(state)
+    }
+
+    async fn release(&self, job: Incarnation, hold: Incarnation) -> Result<(), StoreError> {
+        self.blocking(move |inner| {
+            if let Ok(slab) = inner.any_slab(job) {
+                slab.release(hold);
+            }
+            Ok(())
+        })
+        .await
     }
 
     async fn list(&self) -> Result<Vec<StoreJob>, StoreError> {

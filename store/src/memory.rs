@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use thalweg_protocol::{
     Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Init, Ledger, Round, ShardIndex, StoreJob,
-    Version, checksum,
+    Version, limits,
 };
 
 use crate::{
@@ -30,17 +30,19 @@ struct Job {
     active: Option<Incarnation>,
     uploads: HashMap<ShardIndex, (Incarnation, Bytes)>,
     shards: Vec<ShardState>,
+    holds: HashMap<Incarnation, Held>,
+}
+
+/// One version of all shards, as far as they have come to it.
+#[derive(Debug)]
+struct Held {
+    version: Version,
+    shards: HashMap<ShardIndex, ShardState>,
 }
 
 impl Job {
     fn shards(&mut self) -> Result<&mut Vec<ShardState>, StoreError> {
         if self.shards.is_empty() { Err(rules::not_ready(&self.spec)) } else { Ok(&mut self.shards) }
-    }
-
-    fn with_slots(&self, shard: ShardIndex, parameters: &[u8]) -> Bytes {
-        let mut state = parameters.to_vec();
-        state.resize(self.spec.state_bytes(shard), 0);
-        state.into()
     }
 }
 
@@ -83,7 +85,14 @@ impl ShardStore for MemoryStore {
                 })
                 .collect(),
         };
-        let job = Job { spec, fences: Fences::default(), active: None, uploads: HashMap::new(), shards };
+        let job = Job {
+            spec,
+            fences: Fences::default(),
+            active: None,
+            uploads: HashMap::new(),
+            shards,
+            holds: HashMap::new(),
+        };
         jobs.insert(job.spec.incarnation, job);
         Ok(())
     }
@@ -96,7 +105,7 @@ impl ShardStore for MemoryStore {
         parameters: Bytes,
     ) -> Result<(), StoreError> {
         self.with(job, |job| {
-            rules::check_shape(&job.spec, shard, parameters.len(), job.spec.parameter_bytes(shard))?;
+            rules::first_state(&job.spec, upload, shard, &parameters)?;
             match job.active {
                 Some(active) if active == upload => Ok(()),
                 None if job.spec.init == Init::Upload => {
@@ -127,9 +136,8 @@ impl ShardStore for MemoryStore {
                 let Some((_, parameters)) = job.uploads.get(&shard).filter(|(id, _)| *id == upload) else {
                     return Err(rules::not_ready(&job.spec));
                 };
-                let values = job.with_slots(shard, parameters);
-                let head = Head::initial(upload.0, shard, checksum(&[&values]));
-                shards.push(ShardState { head, ledger: rules::empty_ledger(), values });
+                let (state, head, _) = rules::first_state(&job.spec, upload, shard, parameters)?;
+                shards.push(ShardState { head, ledger: rules::empty_ledger(), values: state.into() });
             }
             job.shards = shards;
             job.active = Some(upload);
@@ -178,6 +186,10 @@ impl ShardStore for MemoryStore {
                 Admission::Done(outcome) => Ok(outcome),
                 Admission::Write { next, .. } => {
                     *shard = ShardState { head: next, ledger: commit.ledger, values: state };
+                    let held = shard.clone();
+                    for hold in job.holds.values_mut().filter(|hold| hold.version == next.version) {
+                        hold.shards.insert(commit.shard, held.clone());
+                    }
                     Ok(CommitOutcome::Committed(next))
                 }
             }
@@ -195,6 +207,45 @@ impl ShardStore for MemoryStore {
 
     async fn delete(&self, job: Incarnation) -> Result<(), StoreError> {
         self.jobs().remove(&job);
+        Ok(())
+    }
+
+    async fn hold(&self, job: Incarnation, hold: Incarnation) -> Result<(Version, bool), StoreError> {
+        self.with(job, |job| {
+            let shards = job.shards()?.clone();
+            let newest = shards.iter().map(|shard| shard.head.version).max().unwrap_or(0);
+            if !job.holds.contains_key(&hold) && job.holds.len() >= limits::MAX_HOLDS {
+                return Err(rules::too_many_holds(&job.spec));
+            }
+            let held = job.holds.entry(hold).or_insert_with(|| {
+                let there =
+                    (0..).zip(shards.iter().cloned()).filter(|(_, shard)| shard.head.version == newest);
+                Held { version: newest, shards: there.collect() }
+            });
+            Ok((held.version, held.shards.len() == shards.len()))
+        })
+    }
+
+    async fn fetch_held(
+        &self,
+        job: Incarnation,
+        hold: Incarnation,
+        shard: ShardIndex,
+        slots: bool,
+    ) -> Result<ShardState, StoreError> {
+        self.with(job, |job| {
+            rules::check_shape(&job.spec, shard, 0, 0)?;
+            let len = if slots { job.spec.state_bytes(shard) } else { job.spec.parameter_bytes(shard) };
+            let held = job.holds.get(&hold).ok_or_else(|| rules::unknown_hold(&job.spec))?;
+            let state = held.shards.get(&shard).ok_or_else(|| rules::not_there_yet(shard, held.version))?;
+            Ok(ShardState { values: state.values.slice(..len), ..state.clone() })
+        })
+    }
+
+    async fn release(&self, job: Incarnation, hold: Incarnation) -> Result<(), StoreError> {
+        if let Some(job) = self.jobs().get_mut(&job) {
+            job.holds.remove(&hold);
+        }
         Ok(())
     }
 

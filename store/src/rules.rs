@@ -1,7 +1,8 @@
 //! What a commit does, decided without I/O; both backends obey this one function.
 
 use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, ErrorCode, Head, Ledger, Round, ShardIndex, StoreJob, Version, checksum,
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Ledger, Round, ShardIndex, StoreJob, Version,
+    checksum, limits,
 };
 
 use crate::StoreError;
@@ -77,6 +78,53 @@ pub(crate) fn not_ready(job: &StoreJob) -> StoreError {
         ErrorCode::NotReady,
         format!("job {} waits for initial parameters: rank 0 uploads them when it joins", job.key),
     )
+}
+
+/// The refusal for a hold that is not there any more.
+pub(crate) fn unknown_hold(job: &StoreJob) -> StoreError {
+    let text = format!(
+        "job {}: this hold is not kept any more, since nobody asked for {} s or the store was started again: begin \
+         the snapshot anew",
+        job.key,
+        limits::HOLD_SECONDS
+    );
+    StoreError::refused(ErrorCode::Expired, text)
+}
+
+/// The refusal for one hold too many.
+pub(crate) fn too_many_holds(job: &StoreJob) -> StoreError {
+    let text = format!(
+        "job {}: {} snapshots are being taken at once; wait until one has ended",
+        job.key,
+        limits::MAX_HOLDS
+    );
+    StoreError::refused(ErrorCode::Limit, text)
+}
+
+/// The refusal for a shard that does not have the version of a hold yet.
+pub(crate) fn not_there_yet(shard: ShardIndex, version: Version) -> StoreError {
+    StoreError::refused(ErrorCode::NotReady, format!("shard {shard} is not at version {version} yet"))
+}
+
+/// The state that an upload of `parameters`, or of parameters and slots, becomes; and its head.
+///
+/// # Errors
+/// `wrong_shape` for any other length.
+pub(crate) fn first_state(
+    job: &StoreJob,
+    upload: Incarnation,
+    shard: ShardIndex,
+    uploaded: &[u8],
+) -> Result<(Vec<u8>, Head, u64), StoreError> {
+    let whole = job.state_bytes(shard);
+    if uploaded.len() != whole {
+        check_shape(job, shard, uploaded.len(), job.parameter_bytes(shard))?;
+    }
+    let mut state = uploaded.to_vec();
+    state.resize(whole, 0);
+    let state_checksum = checksum(&[&state]);
+    let head = Head::initial(upload.0, shard, state_checksum).at_version(job.first_version);
+    Ok((state, head, state_checksum))
 }
 
 /// Where a shard of a job that starts from zeros stands before its first round.

@@ -205,6 +205,15 @@ async fn perform(
         }
         StoreRequest::Delete { job } => store.delete(job).await.map(|()| StoreReply::Done)?,
         StoreRequest::List => StoreReply::Jobs(store.list().await?),
+        StoreRequest::Hold { job, hold } => {
+            let (version, complete) = store.hold(job, hold).await?;
+            StoreReply::Held { version, complete }
+        }
+        StoreRequest::FetchHeld { job, hold, shard, slots } => {
+            let state = store.fetch_held(job, hold, shard, slots).await?;
+            return Ok((StoreReply::State(state.head, state.ledger), state.values));
+        }
+        StoreRequest::Release { job, hold } => store.release(job, hold).await.map(|()| StoreReply::Done)?,
     };
     Ok((reply, Bytes::new()))
 }

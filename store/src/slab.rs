@@ -5,6 +5,7 @@
 //! waits for the flush cycle.
 
 mod cycle;
+mod hold;
 mod pool;
 mod superblock;
 
@@ -19,7 +20,7 @@ use std::{
 
 use thalweg_protocol::{
     Commit, CommitOutcome, Durability, ErrorCode, Head, Incarnation, Init, Ledger, ShardIndex, StoreJob,
-    Version, checksum,
+    Version,
 };
 
 use crate::{
@@ -96,8 +97,10 @@ impl Slab {
             common: Mutex::new(Common {
                 superblock: Superblock::new(job.clone()),
                 spares: (3 * shards..3 * shards + spares).collect(),
-                versions: BTreeMap::from([(0, shards)]),
+                versions: BTreeMap::from([(job.first_version, shards)]),
                 pinning: None,
+                holds: Vec::new(),
+                slots: 3 * shards + spares,
             }),
             staging: Mutex::new(()),
             dirty: AtomicBool::new(false),
@@ -119,7 +122,10 @@ impl Slab {
         let (shard_count, spare_count) = Self::parts(&job);
         let mut shards: Vec<Shard> = (0..shard_count).map(|_| Shard::default()).collect();
         let mut spares = Vec::new();
-        for index in 0..3 * shard_count + spare_count {
+        // Holds may have made the file longer than a new one.
+        let in_file = (file.len()?.saturating_sub(SUPERBLOCKS)).div_ceil(geometry.slot);
+        let slots = (3 * shard_count + spare_count).max(u32::try_from(in_file).unwrap_or(u32::MAX));
+        for index in 0..slots {
             let offset = SUPERBLOCKS + u64::from(index) * geometry.slot;
             let header = slot::read_header(&*file, geometry, offset)?
                 .filter(|header| header.job == job.incarnation && header.shard < shard_count);
@@ -139,13 +145,23 @@ impl Slab {
         let mut versions = BTreeMap::new();
         for shard in &mut shards {
             shard.current = shard.newest(&job, active);
-            *versions.entry(shard.current_header().map_or(0, |header| header.head.version)).or_insert(0) += 1;
+            let first = job.first_version;
+            *versions
+                .entry(shard.current_header().map_or(first, |header| header.head.version))
+                .or_insert(0) += 1;
         }
         let lost = AtomicBool::new(superblock.lost.is_some());
         let slab = Self {
             geometry,
             shards: shards.into_iter().map(Mutex::new).collect(),
-            common: Mutex::new(Common { superblock, spares, versions, pinning: None }),
+            common: Mutex::new(Common {
+                superblock,
+                spares,
+                versions,
+                pinning: None,
+                holds: Vec::new(),
+                slots,
+            }),
             staging: Mutex::new(()),
             dirty: AtomicBool::new(true),
             fencing: RwLock::new(()),
@@ -210,14 +226,15 @@ impl Slab {
     /// Finds the current slot, checking its bytes before their first use; torn ones are set aside.
     fn verify(&self, shard: &mut Shard) -> Result<(), StoreError> {
         while let Some(current) = shard.current {
-            let version = shard.current_header().map_or(0, |header| header.head.version);
+            let first = self.job.first_version;
+            let version = shard.current_header().map_or(first, |header| header.head.version);
             if self.check_slot(shard, current).map_err(|error| broken(&error))? {
                 break;
             }
             let mut common = lock(&self.common);
             let active = common.superblock.active;
             shard.current = shard.newest(&self.job, active);
-            common.moved(version, shard.current_header().map_or(0, |header| header.head.version));
+            common.moved(version, shard.current_header().map_or(first, |header| header.head.version));
         }
         Ok(())
     }
@@ -355,9 +372,9 @@ impl Slab {
         &self,
         upload: Incarnation,
         index: ShardIndex,
-        parameters: &[u8],
+        uploaded: &[u8],
     ) -> Result<(), StoreError> {
-        rules::check_shape(&self.job, index, parameters.len(), self.job.parameter_bytes(index))?;
+        let (state, head, state_checksum) = rules::first_state(&self.job, upload, index, uploaded)?;
         let _staging = lock(&self.staging);
         let mut shard = self.shard(index)?;
         let active = lock(&self.common).superblock.active;
@@ -369,9 +386,6 @@ impl Slab {
                 return Err(StoreError::refused(ErrorCode::SpecMismatch, text));
             }
         }
-        let mut state = parameters.to_vec();
-        state.resize(self.job.state_bytes(index), 0);
-        let state_checksum = checksum(&[&state]);
         let slot = match shard.staged {
             Some(slot) => slot,
             None => shard.free_slot(&mut lock(&self.common), &self.job).ok_or_else(|| {
@@ -383,7 +397,7 @@ impl Slab {
             shard: index,
             generation: shard.generation + 1,
             origin: Some(upload),
-            head: Head::initial(upload.0, index, state_checksum),
+            head,
             ledger: rules::empty_ledger(),
             durability: self.job.durability,
             state_bytes: state.len() as u64,

@@ -115,7 +115,17 @@ pub fn full_book(workers: u32, rounds: u64) -> Book {
 /// When the book lacks a round, or the function is unknown.
 #[must_use]
 pub fn replay(function: &FunctionSpec, book: &Book, rounds: u64) -> Vec<f32> {
-    let resolved = thalweg_functions::resolve(function).expect("a known function");
+    replay_with(|_| function.clone(), book, rounds)
+}
+
+/// As [`replay`], with settings that differ by round.
+///
+/// # Panics
+/// As [`replay`].
+#[must_use]
+pub fn replay_with(function: impl Fn(u64) -> FunctionSpec, book: &Book, rounds: u64) -> Vec<f32> {
+    let resolve = |round| thalweg_functions::resolve(&function(round)).expect("a known function");
+    let resolved = resolve(0);
     let per_shard = SHARD_BYTES as usize / 4;
     let start = match resolved.kind() {
         thalweg_functions::Kind::Reduction => vec![0.0; ELEMENTS],
@@ -130,6 +140,7 @@ pub fn replay(function: &FunctionSpec, book: &Book, rounds: u64) -> Vec<f32> {
         })
         .collect();
     for round in 1..=rounds {
+        let resolved = resolve(round);
         for (shard, state) in states.iter_mut().enumerate() {
             let counted =
                 book.get(&(round, shard)).unwrap_or_else(|| panic!("round {round} of shard {shard}"));

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use thalweg_telemetry::config::{Loader, dump, parse_override};
 
-use crate::{bench, config::Config, demo, services, up};
+use crate::{admin, bench, config::Config, demo, services, up};
 
 /// Elastic, exactly-once aggregation of gradients.
 ///
@@ -14,7 +14,7 @@ use crate::{bench, config::Config, demo, services, up};
 /// worker processes. `thalweg up` is the same service for your own training loops. On several machines,
 /// run `gateway`, `store`, `autoscaler` and `invoker` against one NATS server, in any order.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true)]
+#[command(version, propagate_version = true, after_help = admin::EXIT_CODES)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -32,6 +32,26 @@ enum Command {
     Invoker(InvokerArgs),
     /// Starts and stops invokers by queue depth, and places partitions on them
     Autoscaler(Common),
+    /// Create, show, pause, change, snapshot, restore and remove jobs
+    #[command(subcommand)]
+    Job(admin::JobCommand),
+    /// What runs, who waits for what, and how far the jobs are
+    Status(admin::Target),
+    /// Messages that nobody could process
+    #[command(subcommand)]
+    Deadletter(admin::DeadLetterCommand),
+    /// What happens to jobs: created, started, joined, left, paused, failed, ...
+    Events(admin::EventsArgs),
+    /// Completions for a shell, on standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Man pages of all commands, into a directory
+    Man {
+        /// The directory; created if it is not there
+        directory: PathBuf,
+    },
     /// Trains a model on handwritten digits with worker processes through an embedded service
     Demo(demo::Args),
     /// Measures all-reduce and the store, with results checked
@@ -142,6 +162,17 @@ impl Cli {
                 let Some(config) = common.load(&[])? else { return Ok(()) };
                 runtime()?.block_on(services::autoscaler(config))
             }
+            Command::Job(command) => runtime()?.block_on(admin::job(command)),
+            Command::Status(target) => runtime()?.block_on(admin::status(target)),
+            Command::Deadletter(command) => runtime()?.block_on(admin::dead_letter(command)),
+            Command::Events(args) => runtime()?.block_on(admin::events(args)),
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Self::command(), "thalweg", &mut std::io::stdout());
+                Ok(())
+            }
+            Command::Man { directory } => std::fs::create_dir_all(&directory)
+                .and_then(|()| clap_mangen::generate_to(Self::command(), &directory))
+                .with_context(|| format!("man pages into {}", directory.display())),
             Command::Demo(args) => runtime()?.block_on(demo::run(args)),
             Command::Bench(args) => bench::run(args),
             Command::DemoWorker(args) => runtime()?.block_on(demo::worker(args)),
@@ -149,6 +180,12 @@ impl Cli {
             Command::BenchFolder(args) => bench::folder(args),
         }
     }
+}
+
+/// The exit code for an error, as `thalweg --help` lists them.
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    admin::exit_code(error)
 }
 
 pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

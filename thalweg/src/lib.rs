@@ -1,6 +1,7 @@
 //! The one binary of Thalweg, as a library: configuration, the services' hosts, the embedded broker,
 //! the demo and the benchmarks. `main.rs` only parses arguments.
 
+mod admin;
 pub mod bench;
 pub mod cli;
 pub mod config;

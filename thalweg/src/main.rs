@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("thalweg: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(thalweg::cli::exit_code(&error))
         }
     }
 }

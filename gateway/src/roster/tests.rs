@@ -31,6 +31,7 @@ fn record(workers: u32) -> JobRecord {
         init: Init::Zeros,
         shard_bytes: 256,
         max_members: 4,
+        policy: thalweg_protocol::Policy::default(),
     };
     JobRecord {
         spec,
@@ -41,11 +42,12 @@ fn record(workers: u32) -> JobRecord {
         partitions: 1,
         state: JobState::Running,
         settings: vec![SettingsRevision { revision: 0, from_round: 0, function }],
+        life: thalweg_protocol::Life::default(),
     }
 }
 
 fn empty() -> Roster {
-    Roster { job: JOB, epoch: 1, started: false, members: Vec::new() }
+    Roster::new(JOB)
 }
 
 fn life(number: u8) -> Incarnation {

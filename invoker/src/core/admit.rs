@@ -192,8 +192,8 @@ impl Core {
 
     fn dead_letter(&mut self, delivery: Delivery, key: Option<JobKey>, error: WireError) {
         metrics::dead_letter(error.code);
-        let Delivery { partition, sequence, frame, .. } = delivery;
-        self.actions.push(Action::DeadLetter { partition, sequence, key, error, frame });
+        let Delivery { partition, sequence, subject, frame, .. } = delivery;
+        self.actions.push(Action::DeadLetter { partition, sequence, subject, key, error, frame });
     }
 
     /// A contribution that has killed its invoker time and again (rule P18).
@@ -223,13 +223,12 @@ fn gathering_insert(core: &mut Core, key: super::ShardKey, round: u64, entry: En
 /// Why a contribution cannot belong to any round of the job as it is now.
 fn refusal(job: &Job, header: &GradientHeader, subject_partition: u16, partition: u16) -> Option<WireError> {
     let key = &job.record.spec.key;
-    match &job.record.state {
-        JobState::Running => {}
-        JobState::Failed(error) => return Some(WireError::new(ErrorCode::JobFailed, error.to_string())),
-        JobState::Initialising | JobState::Creating => {
-            let text = format!("job {key} has no initial parameters yet: rank 0 uploads them when it joins");
-            return Some(WireError::new(ErrorCode::NotReady, text));
-        }
+    if let Some(error) = job.record.state.end(key) {
+        return Some(error);
+    }
+    if job.record.state != JobState::Running {
+        let text = format!("job {key} has no initial parameters yet: rank 0 uploads them when it joins");
+        return Some(WireError::new(ErrorCode::NotReady, text));
     }
     if header.shard >= job.record.layout.shards() {
         let text =

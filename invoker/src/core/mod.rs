@@ -14,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobState, Partition, Reject, ShardIndex, WireError};
+use thalweg_protocol::{ErrorCode, Incarnation, JobKey, Partition, Reject, ShardIndex, WireError};
 
 pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis, Plan, ShardKey};
 
@@ -272,9 +272,8 @@ impl Core {
     fn learn(&mut self, key: &JobKey, job: Option<Arc<Job>>) {
         self.looking_up.remove(key);
         self.failing.retain(|life, (name, _)| {
-            let runs = |job: &Arc<Job>| {
-                job.record.incarnation == *life && !matches!(job.record.state, JobState::Failed(_))
-            };
+            let runs =
+                |job: &Arc<Job>| job.record.incarnation == *life && job.record.state.end(key).is_none();
             name != key || job.as_ref().is_some_and(runs)
         });
         let before = self.jobs.insert(key.clone(), job.clone()).flatten();
@@ -286,8 +285,8 @@ impl Core {
         }
         if let Some(job) = &job {
             let incarnation = job.record.incarnation;
-            if let JobState::Failed(error) = &job.record.state {
-                self.drop_job(key, incarnation, &WireError::new(ErrorCode::JobFailed, error.to_string()));
+            if let Some(error) = job.record.state.end(key) {
+                self.drop_job(key, incarnation, &error);
             }
             let mut shards: Vec<_> =
                 self.shards.keys().filter(|(owner, _)| *owner == incarnation).copied().collect();

@@ -33,7 +33,7 @@ pub(super) enum Verdict {
 
 /// Decides whether a round closes (rule P6).
 pub(super) fn verdict(job: &Job, round: Round, gathering: &Gathering, now: Millis) -> Verdict {
-    if !job.roster.started {
+    if !job.roster.started || job.record.life.paused.is_some() {
         return Verdict::Wait;
     }
     let (mut members, mut present) = (0_usize, 0_usize);

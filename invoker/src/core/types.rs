@@ -91,6 +91,8 @@ pub enum Action {
         partition: Partition,
         /// Its sequence.
         sequence: u64,
+        /// The subject that it was sent to.
+        subject: String,
         /// Its job, if that could be read.
         key: Option<JobKey>,
         /// Why.

@@ -24,8 +24,9 @@ impl Shell {
                     stage::reached(stage::BEFORE_ACK);
                     self.acknowledge(partition, sequence, "+ACK").await;
                 }
-                Action::DeadLetter { partition, sequence, key, error, frame } => {
-                    self.dead_letter(partition, sequence, key.as_ref(), &error, frame).await;
+                Action::DeadLetter { partition, sequence, subject, key, error, frame } => {
+                    let to = subjects::dead_letter(key.as_ref());
+                    self.dead_letter((partition, sequence), &subject, to, &error, frame).await;
                 }
                 Action::Reject(key, rank, reject) => {
                     let frame = frame::seal(Kind::Reject, &reject, &[]);
@@ -70,9 +71,9 @@ impl Shell {
     /// Puts a message aside before it is removed from its queue; when that fails it stays there.
     async fn dead_letter(
         &mut self,
-        partition: Partition,
-        sequence: u64,
-        key: Option<&JobKey>,
+        (partition, sequence): (Partition, u64),
+        subject: &str,
+        to: String,
         error: &WireError,
         frame: Bytes,
     ) {
@@ -82,8 +83,8 @@ impl Shell {
         headers.insert("Thalweg-Reason", error.message.replace(['\r', '\n'], " ").as_str());
         headers.insert("Thalweg-Partition", partition.to_string().as_str());
         headers.insert("Thalweg-Sequence", sequence.to_string().as_str());
-        let stored =
-            self.connection.jetstream.publish_with_headers(subjects::dead_letter(key), headers, frame).await;
+        headers.insert("Thalweg-Subject", subject);
+        let stored = self.connection.jetstream.publish_with_headers(to, headers, frame).await;
         let stored = match stored {
             Ok(acknowledgement) => acknowledgement.await.is_ok(),
             Err(_) => false,

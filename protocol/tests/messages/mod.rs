@@ -10,11 +10,11 @@ use proptest::{
 };
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Dtype, Durability, ErrorCode, FrameError,
-    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobKey, JobRecord,
-    JobSpec, JobState, Kind, Layout, Lease, Ledger, Member, Mode, Name, NonFinite, ParameterGroup,
-    PlacedPartition, Placement, RankSet, Reject, ResultHeader, Roster, Setting, Settings, SettingsRevision,
-    StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec,
-    WireError, WorkerRef, frame,
+    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
+    JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
+    NonFinite, OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
+    ResultHeader, Roster, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
+    StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -184,8 +184,8 @@ fn layout() -> impl Strategy<Value = Layout> {
 }
 
 fn store_job() -> impl Strategy<Value = StoreJob> {
-    (key(), incarnation(), layout(), U32, durability(), U32, init()).prop_map(
-        |(key, incarnation, layout, slots, durability, max_members, init)| StoreJob {
+    (key(), incarnation(), layout(), U32, durability(), U32, init(), U64).prop_map(
+        |(key, incarnation, layout, slots, durability, max_members, init, first_version)| StoreJob {
             key,
             incarnation,
             layout,
@@ -193,6 +193,7 @@ fn store_job() -> impl Strategy<Value = StoreJob> {
             durability,
             max_members,
             init,
+            first_version,
         },
     )
 }
@@ -218,6 +219,14 @@ fn store_request() -> impl Strategy<Value = StoreRequest> {
         (job(), U64, U64).prop_map(|(job, epoch, from_round)| StoreRequest::Fence { job, epoch, from_round }),
         job().prop_map(|job| StoreRequest::Delete { job }),
         Just(StoreRequest::List),
+        (job(), incarnation()).prop_map(|(job, hold)| StoreRequest::Hold { job, hold }),
+        (job(), incarnation(), U32, BOOL).prop_map(|(job, hold, shard, slots)| StoreRequest::FetchHeld {
+            job,
+            hold,
+            shard,
+            slots
+        }),
+        (job(), incarnation()).prop_map(|(job, hold)| StoreRequest::Release { job, hold }),
     ]
 }
 
@@ -235,6 +244,7 @@ fn store_reply() -> impl Strategy<Value = StoreReply> {
         outcome.prop_map(StoreReply::Commit),
         U64.prop_map(StoreReply::Fenced),
         vec(store_job(), 0..4).prop_map(StoreReply::Jobs),
+        (U64, BOOL).prop_map(|(version, complete)| StoreReply::Held { version, complete }),
         wire_error().prop_map(StoreReply::Error),
     ]
 }
@@ -263,13 +273,16 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
     let model = (key(), vec(tensor, 0..5), function());
     let round = (U32, option::of(U32), U64);
     let guarantees = (durability(), non_finite, init());
-    (model, round, guarantees, U32, U32).prop_map(
+    let on_loss = prop::sample::select(vec![OnLoss::Fail, OnLoss::RollBack, OnLoss::Reseed]);
+    let policy = (option::of(U64), on_loss).prop_map(|(ttl_ms, on_loss)| Policy { ttl_ms, on_loss });
+    (model, round, guarantees, U32, U32, policy).prop_map(
         |(
             (key, tensors, function),
             (workers, quorum, deadline_ms),
             (durability, non_finite, init),
             shard_bytes,
             max_members,
+            policy,
         )| JobSpec {
             key,
             tensors,
@@ -283,6 +296,7 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
             init,
             shard_bytes,
             max_members,
+            policy,
         },
     )
 }
@@ -293,6 +307,7 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
         Just(JobState::Initialising),
         Just(JobState::Running),
         wire_error().prop_map(JobState::Failed),
+        Just(JobState::Deleting),
     ];
     let revision = (U32, U64, function()).prop_map(|(revision, from_round, function)| SettingsRevision {
         revision,
@@ -300,8 +315,11 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
         function,
     });
     let place = (layout(), U32, store_id(), U16);
-    (job_spec(), incarnation(), place, state, vec(revision, 0..3)).prop_map(
-        |(spec, incarnation, (layout, slots, store, partitions), state, settings)| JobRecord {
+    let origin = (incarnation(), U64, option::of(incarnation()))
+        .prop_map(|(upload, version, replaces)| Origin { upload, version, replaces });
+    let life = (option::of(text()), option::of(origin)).prop_map(|(paused, origin)| Life { paused, origin });
+    (job_spec(), incarnation(), place, state, vec(revision, 0..3), life).prop_map(
+        |(spec, incarnation, (layout, slots, store, partitions), state, settings, life)| JobRecord {
             spec,
             incarnation,
             layout,
@@ -310,6 +328,7 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
             partitions,
             state,
             settings,
+            life,
         },
     )
 }
@@ -325,12 +344,9 @@ fn roster() -> impl Strategy<Value = Roster> {
             confirmed,
         },
     );
-    (incarnation(), U64, BOOL, vec(member, 0..20)).prop_map(|(job, epoch, started, members)| Roster {
-        job,
-        epoch,
-        started,
-        members,
-    })
+    (incarnation(), U64, BOOL, vec(member, 0..20), U32).prop_map(
+        |(job, epoch, started, members, revision)| Roster { job, epoch, started, members, revision },
+    )
 }
 
 fn worker_ref() -> impl Strategy<Value = WorkerRef> {
@@ -361,7 +377,52 @@ fn api_request() -> impl Strategy<Value = ApiRequest> {
             window_bytes,
             active
         }),
+        (option::of(key()), U32).prop_map(|(after, limit)| ApiRequest::Jobs {
+            tenant: after.as_ref().map(|key| key.tenant.clone()),
+            after,
+            limit
+        }),
+        key().prop_map(ApiRequest::Progress),
+        (key(), job_command()).prop_map(|(key, command)| ApiRequest::Control(key, command)),
+        (key(), option::of(U64), settings(), btree_map(U32, settings(), 0..3)).prop_map(
+            |(key, from_round, settings, groups)| ApiRequest::SetSettings {
+                key,
+                change: SettingsChange { from_round, settings, groups }
+            }
+        ),
+        (job_spec(), option::of(function()), incarnation(), U64, option::of(incarnation())).prop_map(
+            |(spec, function, upload, version, replaces)| ApiRequest::Restore {
+                spec: Box::new(spec),
+                function,
+                upload,
+                version,
+                replaces
+            }
+        ),
     ]
+}
+
+fn job_command() -> impl Strategy<Value = JobCommand> {
+    prop_oneof![
+        text().prop_map(JobCommand::Pause),
+        Just(JobCommand::Resume),
+        text().prop_map(JobCommand::Abort),
+    ]
+}
+
+fn job_summary() -> impl Strategy<Value = JobSummary> {
+    (key(), incarnation(), text(), text(), (U32, U32, U64), durability()).prop_map(
+        |(key, incarnation, state, function, (workers, members, elements), durability)| JobSummary {
+            key,
+            incarnation,
+            state,
+            function,
+            workers,
+            members,
+            elements,
+            durability,
+        },
+    )
 }
 
 fn api_reply() -> impl Strategy<Value = ApiReply> {
@@ -374,7 +435,17 @@ fn api_reply() -> impl Strategy<Value = ApiReply> {
             window_bytes,
             lease_ms
         }),
-        (U64, U64).prop_map(|(window_bytes, roster_epoch)| ApiReply::Beat { window_bytes, roster_epoch }),
+        (U64, U64, option::of(text())).prop_map(|(window_bytes, roster_epoch, paused)| ApiReply::Beat {
+            window_bytes,
+            roster_epoch,
+            paused
+        }),
+        (vec(job_summary(), 0..4), option::of(key()))
+            .prop_map(|(jobs, next)| ApiReply::JobPage { jobs, next }),
+        (U64, U64).prop_map(|(min, max)| ApiReply::Progress(Progress { min, max })),
+        (U32, U64, function()).prop_map(|(revision, from_round, function)| {
+            ApiReply::Settings(SettingsRevision { revision, from_round, function })
+        }),
         wire_error().prop_map(ApiReply::Error),
     ]
 }

@@ -68,7 +68,8 @@ impl Slab {
             shard.slots.retain(|slot| {
                 let needed = slot.index < home
                     || keep.contains(&Some(slot.index))
-                    || slot.holds(cut, &self.job, active);
+                    || slot.holds(cut, &self.job, active)
+                    || common.held().any(|version| slot.holds(version, &self.job, active));
                 if !needed {
                     returned.push(slot.index);
                 }

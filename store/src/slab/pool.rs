@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use thalweg_protocol::{Durability, Incarnation, Init, StoreJob, Version};
 
-use super::superblock::Superblock;
+use super::{hold::Hold, superblock::Superblock};
 use crate::{
     mutation::{Bug, is_planted},
     slot::SlotHeader,
@@ -17,6 +17,10 @@ pub(super) struct Common {
     pub(super) spares: Vec<u32>,
     /// Number of shards at each version; the first key is the next cut.
     pub(super) versions: BTreeMap<Version, u32>,
+    /// Versions that are being read.
+    pub(super) holds: Vec<Hold>,
+    /// Slots in the file.
+    pub(super) slots: u32,
     /// The cut that a flush cycle is just collecting, while commits may already move the next one on.
     pub(super) pinning: Option<Version>,
 }
@@ -25,6 +29,20 @@ impl Common {
     /// The least version of any shard.
     pub(super) fn cut(&self) -> Version {
         self.versions.first_key_value().map_or(0, |(version, _)| *version)
+    }
+
+    /// One slot more, while holds keep some from being written again: one a shard and hold at most.
+    fn grow(&mut self) -> Option<u32> {
+        let shards = self.superblock.job.layout.shards();
+        let most = 3 * shards + self.first_spares() + shards * u32::try_from(self.holds.len()).ok()?;
+        (self.slots < most).then(|| {
+            self.slots += 1;
+            self.slots - 1
+        })
+    }
+
+    fn first_spares(&self) -> u32 {
+        super::Slab::parts(&self.superblock.job).1
     }
 
     pub(super) fn moved(&mut self, from: Version, to: Version) {
@@ -77,7 +95,7 @@ fn counts(header: &SlotHeader, job: &StoreJob, active: Option<Incarnation>) -> b
 }
 
 impl Shard {
-    fn header_of(&self, index: Option<u32>) -> Option<&SlotHeader> {
+    pub(super) fn header_of(&self, index: Option<u32>) -> Option<&SlotHeader> {
         self.slots.iter().find(|slot| Some(slot.index) == index)?.header.as_ref()
     }
 
@@ -100,6 +118,26 @@ impl Shard {
         self.newest_of(|header| counts(header, job, active))
     }
 
+    /// The newest slot that holds `version`.
+    pub(super) fn newest_at(
+        &self,
+        version: Version,
+        job: &StoreJob,
+        active: Option<Incarnation>,
+    ) -> Option<u32> {
+        self.newest_of(|header| header.head.version == version && counts(header, job, active))
+    }
+
+    /// Versions in the slots.
+    pub(super) fn versions<'a>(
+        &'a self,
+        job: &'a StoreJob,
+        active: Option<Incarnation>,
+    ) -> impl Iterator<Item = Version> + 'a {
+        let headers = self.slots.iter().filter_map(|slot| slot.header.as_ref());
+        headers.filter(move |header| counts(header, job, active)).map(|header| header.head.version)
+    }
+
     /// The newest upload, where none has been activated.
     pub(super) fn newest_upload(&self) -> Option<u32> {
         self.newest_of(|header| header.origin.is_some())
@@ -119,6 +157,7 @@ impl Shard {
             [self.current, self.flushing, self.durable, self.staged].contains(&Some(slot.index))
                 // The copies that this cut and the next one need.
                 || cuts.iter().flatten().any(|&cut| slot.holds(cut, job, active))
+                || common.held().any(|version| slot.holds(version, job, active))
         };
         let free = self
             .slots
@@ -127,7 +166,7 @@ impl Shard {
             .min_by_key(|slot| slot.header.as_ref().map_or(0, |header| header.generation))
             .map(|slot| slot.index);
         free.or_else(|| {
-            let index = common.spares.pop()?;
+            let index = common.spares.pop().or_else(|| common.grow())?;
             self.slots.push(Slot::empty(index));
             Some(index)
         })

@@ -42,6 +42,7 @@ fn job(max_members: u32) -> StoreJob {
         durability: Durability::Process,
         max_members,
         init: Init::Zeros,
+        first_version: 0,
     }
 }
 

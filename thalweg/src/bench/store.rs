@@ -51,6 +51,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         durability: Durability::Process,
         max_members: 256,
         init: Init::Zeros,
+        first_version: 0,
     };
     let runtime = crate::cli::runtime()?;
     let path = directory.path().join("store");

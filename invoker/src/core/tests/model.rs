@@ -158,7 +158,7 @@ impl World {
             until_round: None,
             confirmed: true,
         });
-        let roster = Roster { job: incarnation, epoch: 1, started: true, members: members.collect() };
+        let roster = Roster { started: true, members: members.collect(), ..Roster::new(incarnation) };
         let record = JobRecord {
             incarnation,
             layout,
@@ -167,6 +167,7 @@ impl World {
             partitions: 1,
             state: JobState::Running,
             settings: vec![SettingsRevision { revision: 0, from_round: 0, function: spec.function.clone() }],
+            life: thalweg_protocol::Life::default(),
             spec,
         };
         let job = record.store_job();

@@ -40,6 +40,7 @@ pub(super) fn spec(job: &str, workers: u32) -> JobSpec {
         init: Init::Zeros,
         shard_bytes: BYTES as u32,
         max_members: 16,
+        policy: thalweg_protocol::Policy::default(),
     }
 }
 
