@@ -13,6 +13,7 @@ mod ledger;
 pub mod limits;
 mod messages;
 mod records;
+mod schedule;
 mod spec;
 pub mod subjects;
 
@@ -33,6 +34,7 @@ pub use records::{
     Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key, lease_key, roster_key,
     suspect_key,
 };
+pub use schedule::{Decay, Schedule};
 pub use spec::{
     Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, ParameterGroup, Setting, Settings,
     SettingsRevision, TensorSpec,
