@@ -34,6 +34,7 @@ pub use error::Error;
 pub use job::Job;
 pub use thalweg_broker::NatsConfig;
 pub use thalweg_protocol::{
-    Durability, ErrorCode, FunctionSpec, JobKey, Name, NonFinite, ParameterGroup, Setting, WireError,
+    Decay, Durability, ErrorCode, FunctionSpec, JobKey, Name, NonFinite, ParameterGroup, Schedule, Setting,
+    WireError,
 };
 pub use worker::{Round, Worker};
