@@ -1,12 +1,21 @@
 //! The built-in functions.
 
+mod accumulator;
+mod adagrad;
+mod adam;
 mod lanes;
+mod lion;
+mod optimizer;
 mod reduce;
 mod sgd;
 
 use thalweg_protocol::FunctionSpec;
 
-use crate::{AggregationFunction, Digest, InvalidSettings, settings};
+use self::optimizer::{Optimizer, Step};
+use crate::{
+    AggregationFunction, Digest, InvalidSettings,
+    settings::{self, Grouped},
+};
 
 /// See [`crate::resolve`].
 pub(crate) fn resolve(spec: &FunctionSpec) -> Result<Box<dyn AggregationFunction>, InvalidSettings> {
@@ -14,14 +23,22 @@ pub(crate) fn resolve(spec: &FunctionSpec) -> Result<Box<dyn AggregationFunction
         "sum" => reduce::Rule::Sum,
         "mean" => reduce::Rule::Mean,
         "weighted_mean" => reduce::Rule::WeightedMean,
-        "sgd" => {
-            let (base, groups) = settings::Sgd::parse(spec)?;
-            return Ok(Box::new(sgd::Sgd::new(base, groups)));
-        }
+        "sgd" => return optimizer(spec, settings::Sgd::parse(spec)?),
+        "adam" => return optimizer(spec, settings::Adam::parse(spec, false)?),
+        "adamw" => return optimizer(spec, settings::Adam::parse(spec, true)?),
+        "adagrad" => return optimizer(spec, settings::Adagrad::parse(spec)?),
+        "lion" => return optimizer(spec, settings::Lion::parse(spec)?),
         name => return Err(InvalidSettings::UnknownFunction { name: name.to_owned() }),
     };
     settings::none(spec)?;
     Ok(Box::new(reduce::Reduction::new(rule)))
+}
+
+fn optimizer<S: Step>(
+    spec: &FunctionSpec,
+    settings: Grouped<S>,
+) -> Result<Box<dyn AggregationFunction>, InvalidSettings> {
+    Ok(Box::new(Optimizer::new(settings, settings::schedule(spec)?)))
 }
 
 /// Digest of a built-in function. Whoever changes a bit of what a function computes raises its

@@ -1,24 +1,33 @@
 //! Aggregation functions: pure maths over slices, and the trait they share.
 //!
 //! A function turns the state of one shard and the contributions of one round into the shard's
-//! next state. It sees contributions one at a time in rank order, so a round never has to fit in
-//! memory at once, and it does no I/O, reads no clock and draws no random numbers: the same
-//! contributions give the same bits on every invoker (invariant I5).
+//! next state. It sees contributions one at a time, so a round never has to fit in memory at once,
+//! and it does no I/O, reads no clock and draws no random numbers: the same contributions in the
+//! same order give the same bits on every invoker (invariant I5). The order is the caller's affair
+//! (by rank, or as recorded on arrival); another one may give other bits.
+//!
+//! A fold need not be done in one go: suspended between two contributions, it is a few bytes more
+//! than the shard, and whoever resumes it gets the bits of an uninterrupted one. Until it finishes
+//! it does not look at the state.
 //!
 //! The state of a shard of `n` elements is `n` parameters followed by `slots` optimizer slots of
-//! `n` elements each, little-endian f32.
+//! `n` elements each, little-endian f32. Slots start at zero.
 //!
-//! The built-in functions compute in f32, one rounding per operation, contributions strictly in
-//! rank order. A NaN they compute is always written as 0x7fc00000: which NaN an operation returns
-//! is up to the CPU. A state that stays unchanged is copied bit for bit, NaNs included.
+//! The built-in functions compute elements in f32, one rounding per operation, and add
+//! contributions strictly in the order given. A NaN they compute is always written as 0x7fc00000:
+//! which NaN an operation returns is up to the CPU. A state that stays unchanged is copied bit for
+//! bit, NaNs included.
 
 mod builtin;
+mod partial;
+mod schedule;
 mod settings;
 
 use std::ops::Range;
 
-use thalweg_protocol::{FunctionSpec, Rank};
+use thalweg_protocol::{FunctionSpec, Rank, Round};
 
+pub use partial::{InvalidPartial, MAX_CONTRIBUTIONS};
 pub use settings::InvalidSettings;
 
 /// Identity of a function's code and arithmetic; part of every state id (rule P5).
@@ -33,6 +42,8 @@ pub struct ShardContext<'a> {
     /// `FunctionSpec::groups`), ascending and disjoint. Elements outside every range use the
     /// function's own settings.
     pub groups: &'a [(Range<usize>, usize)],
+    /// The round being folded; the first is 1. Schedules and the corrections of `adam` go by it.
+    pub round: Round,
 }
 
 /// One worker's non-void contribution to a round.
@@ -51,7 +62,7 @@ pub struct Contribution<'a> {
 pub enum Kind {
     /// The result is a pure combination of the round's contributions (`sum`, `mean`).
     Reduction,
-    /// The state carries parameters that contributions update (`sgd`).
+    /// The state carries parameters that contributions update (`sgd`, `adam`).
     Optimizer,
 }
 
@@ -66,34 +77,60 @@ pub trait AggregationFunction: Send + Sync + std::fmt::Debug {
     /// Whether the function updates parameters or only combines contributions.
     fn kind(&self) -> Kind;
 
+    /// Most bytes that a suspended fold of a shard of `elements` elements takes.
+    fn partial_bytes(&self, elements: usize) -> usize;
+
     /// Starts folding one round of one shard.
     ///
-    /// `state` is the current state, `(1 + slots) * elements` f32 little endian. A
-    /// [`Kind::Reduction`] ignores it unless nothing is accepted (or weights sum to zero), and may
-    /// be given an empty slice when the caller knows that at least one contribution follows.
+    /// # Panics
+    /// Of a [`Kind::Optimizer`], when `shard.groups` are not ascending, disjoint, inside the shard and known to the
+    /// function, or `shard.round` is 0.
+    fn begin<'a>(&'a self, shard: ShardContext<'a>) -> Box<dyn Fold + 'a>;
+
+    /// Goes on with a fold that was suspended. What is accepted from here on, and the end, give the bits of a fold
+    /// that was never suspended.
+    ///
+    /// `partial` says how many contributions are in it and of how many elements, but not of which job, shard or
+    /// round: to bring the right one is up to the caller. Settings may differ, since only the end of a fold uses them.
+    ///
+    /// # Errors
+    /// [`InvalidPartial`] when `partial` is no partial fold of a function that adds the same, and of so many elements.
     ///
     /// # Panics
-    /// When `state` has another length, or `shard.groups` are not ascending, disjoint, inside the
-    /// shard and known to the function.
-    fn begin<'a>(&'a self, shard: ShardContext<'a>, state: &'a [u8]) -> Box<dyn Fold + 'a>;
+    /// As [`AggregationFunction::begin`].
+    fn resume<'a>(
+        &'a self,
+        shard: ShardContext<'a>,
+        partial: &[u8],
+    ) -> Result<Box<dyn Fold + 'a>, InvalidPartial>;
 }
 
 /// The fold of one round of one shard in progress.
 pub trait Fold {
-    /// Adds the next contribution. Call in ascending rank order, and never for a void one.
+    /// Adds the next contribution. The bits of the result depend on the order. Never call it for a void one.
     ///
     /// # Panics
     /// When `contribution.values` is not `4 * elements` bytes (callers check shapes first), or
-    /// `contribution.rank` is not above every rank accepted before.
+    /// [`MAX_CONTRIBUTIONS`] were accepted before.
     fn accept(&mut self, contribution: Contribution<'_>);
+
+    /// Whether [`Fold::finish`] would look at the state: always that of a [`Kind::Optimizer`], that of a
+    /// [`Kind::Reduction`] only while nothing is accepted (or weights sum to zero).
+    fn needs_state(&self) -> bool;
+
+    /// Writes the fold as it stands to the end of `out`, at most [`AggregationFunction::partial_bytes`], for
+    /// [`AggregationFunction::resume`]. The same contributions in the same order give the same bytes.
+    fn suspend(self: Box<Self>, out: &mut Vec<u8>);
 
     /// Writes the next state, `4 * (1 + slots) * elements` bytes, to the end of `out`.
     ///
-    /// With no contribution accepted (or weights that sum to zero) the state is unchanged.
+    /// `state` is the current state, `(1 + slots) * elements` f32 little endian; it may be empty when
+    /// [`Fold::needs_state`] says no. With no contribution accepted (or weights that sum to zero) the state is
+    /// unchanged.
     ///
     /// # Panics
-    /// When the state has to stay unchanged but `begin` was given an empty slice.
-    fn finish(self: Box<Self>, out: &mut Vec<u8>);
+    /// When `state` has another length, or is empty but needed.
+    fn finish(self: Box<Self>, state: &[u8], out: &mut Vec<u8>);
 }
 
 /// Looks a built-in function up and checks its settings, those of all groups included.

@@ -57,7 +57,7 @@ pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldE
     };
     let groups = plan.job.groups(plan.shard);
     let mut out = Vec::with_capacity(elements * 4 * (1 + function.slots()));
-    let mut fold = function.begin(ShardContext { elements, groups: &groups }, &state);
+    let mut fold = function.begin(ShardContext { elements, groups: &groups, round: plan.round });
     for input in &plan.inputs {
         let parked;
         let values = match &input.values {
@@ -74,7 +74,7 @@ pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldE
         let contribution = Contribution { rank: input.rank, weight: input.weight, values };
         guard(|| fold.accept(contribution))?;
     }
-    guard(|| fold.finish(&mut out))?;
+    guard(|| fold.finish(&state, &mut out))?;
     Ok(Bytes::from(out))
 }
 

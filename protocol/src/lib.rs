@@ -14,6 +14,7 @@ mod ledger;
 pub mod limits;
 mod messages;
 mod records;
+mod schedule;
 pub mod snapshot;
 mod spec;
 pub mod subjects;
@@ -36,6 +37,7 @@ pub use records::{
     PlacedPartition, Placement, Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key,
     lease_key, roster_key, suspect_key,
 };
+pub use schedule::{Decay, Schedule};
 pub use spec::{
     Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, OnLoss, ParameterGroup, Policy, Setting,
     Settings, SettingsRevision, TensorSpec,

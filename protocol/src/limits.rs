@@ -15,6 +15,8 @@ pub const MAX_TENSORS: usize = 65_536;
 pub const MAX_DIMS: usize = 16;
 /// Most parameter groups in one job.
 pub const MAX_GROUPS: usize = 64;
+/// Most entries of `schedule.decay.steps.at` of a function.
+pub const MAX_SCHEDULE_STEPS: usize = 64;
 /// Most members a job may have; bounds the ledger in every slot header.
 pub const MAX_MEMBERS: u32 = 16_384;
 /// Most elements in one job's flattened parameter vector (2^40 f32 = 4 TiB).

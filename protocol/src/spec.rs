@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ErrorCode, JobKey, Round, WireError, limits};
+use crate::{ErrorCode, JobKey, Round, Schedule, WireError, limits};
 
 /// Element type of a tensor. Only [`Dtype::F32`] is aggregated today.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -70,7 +70,7 @@ pub struct ParameterGroup {
 /// Which aggregation function a job runs, and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FunctionSpec {
-    /// `sum`, `mean`, `weighted_mean` or `sgd`.
+    /// `sum`, `mean`, `weighted_mean`, `sgd`, `adam`, `adamw`, `adagrad` or `lion`.
     pub name: String,
     /// Settings of all tensors.
     #[serde(default)]
@@ -78,13 +78,17 @@ pub struct FunctionSpec {
     /// Settings of some tensors.
     #[serde(default)]
     pub groups: Vec<ParameterGroup>,
+    /// How `lr` changes from round to round, that of groups included; `None` leaves it as it is. Last and left out
+    /// when there is none: then the bytes are those of releases that knew no schedules, which refuse what has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 impl FunctionSpec {
     /// A function without settings.
     #[must_use]
     pub fn named(name: impl Into<String>) -> Self {
-        Self { name: name.into(), settings: Settings::new(), groups: Vec::new() }
+        Self { name: name.into(), settings: Settings::new(), groups: Vec::new(), schedule: None }
     }
 
     /// Adds or replaces a number.
@@ -98,6 +102,13 @@ impl FunctionSpec {
     #[must_use]
     pub fn flag(mut self, name: &str, value: bool) -> Self {
         self.settings.insert(name.to_owned(), Setting::Flag(value));
+        self
+    }
+
+    /// Sets or replaces how `lr` changes from round to round.
+    #[must_use]
+    pub fn schedule(mut self, schedule: Schedule) -> Self {
+        self.schedule = Some(schedule);
         self
     }
 }

@@ -17,13 +17,13 @@ use std::{
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Dtype, Durability, ErrorCode, FrameError,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FrameError,
     FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
     JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, NonFinite,
     OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
-    StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef,
-    checksum, frame,
+    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
+    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError,
+    WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -406,9 +406,37 @@ fn api_messages() -> Vec<Golden> {
         ("api_request_open_job_fail", NonFinite::Fail),
     ]
     .map(|(name, policy)| golden(name, Kind::ApiRequest, ApiRequest::OpenJob(other_spec(policy)), &[]));
+    let scheduled = schedules().into_iter().map(|(name, schedule)| {
+        let spec = JobSpec { function: function().schedule(schedule), ..spec() };
+        golden(&format!("api_request_open_job_{name}"), Kind::ApiRequest, ApiRequest::OpenJob(spec), &[])
+    });
     let again = Claim { worker: worker(), id: "host-a".into(), replaces: Some(UPLOAD) };
     let again = golden("api_request_join_again", Kind::ApiRequest, ApiRequest::Join(again), &[]);
-    requests.chain(replies).chain(others).chain([again]).collect()
+    requests.chain(replies).chain(others).chain(scheduled).chain([again]).collect()
+}
+
+fn schedules() -> Vec<(&'static str, Schedule)> {
+    let decays = [
+        Decay::Constant,
+        Decay::Linear { rounds: 70_000, to: 0.0 },
+        Decay::Cosine { rounds: 1000, to: 0.1 },
+        Decay::Exponential { factor: 0.999 },
+        Decay::Steps { at: vec![300, 70_000], factor: 0.5 },
+        Decay::InverseSqrt,
+    ];
+    let names = decays.into_iter().map(|decay| {
+        // A decay without an arm does not compile: give it one, and a value above.
+        let name = match decay {
+            Decay::Constant => "constant",
+            Decay::Linear { .. } => "linear",
+            Decay::Cosine { .. } => "cosine",
+            Decay::Exponential { .. } => "exponential",
+            Decay::Steps { .. } => "steps",
+            Decay::InverseSqrt => "inverse_sqrt",
+        };
+        (name, Schedule { warmup_rounds: 100, decay })
+    });
+    names.collect()
 }
 
 fn records() -> Vec<Golden> {

@@ -74,7 +74,7 @@ impl Job {
         self.function_spec(FunctionSpec::named(name))
     }
 
-    /// The aggregation function with settings. A function that keeps parameters (`sgd`) starts from those
+    /// The aggregation function with settings. A function that keeps parameters (`sgd`, `adam`) starts from those
     /// that rank 0 gives when it joins.
     #[must_use]
     pub fn function_spec(mut self, function: FunctionSpec) -> Self {

@@ -73,14 +73,14 @@ fn replay(checked: &Checked, shard: ShardIndex, before: &[u8], ledger: &Ledger) 
     let roster = checked.rosters.get(&ledger.roster_epoch)?;
     let elements = checked.job.record.layout.len(shard);
     let function = checked.job.function(ledger.round);
-    let mut fold = function.begin(ShardContext { elements, groups: &[] }, before);
+    let mut fold = function.begin(ShardContext { elements, groups: &[], round: ledger.round });
     for rank in ledger.counted.iter() {
         let member = roster.of_round(ledger.round).find(|member| member.rank == rank)?;
         let values = values(member.incarnation, shard, ledger.round, elements);
         fold.accept(Contribution { rank, weight: 1.0, values: &values });
     }
     let mut out = Vec::new();
-    fold.finish(&mut out);
+    fold.finish(before, &mut out);
     Some(out.into())
 }
 

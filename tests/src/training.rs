@@ -146,14 +146,14 @@ pub fn replay_with(function: impl Fn(u64) -> FunctionSpec, book: &Book, rounds: 
                 book.get(&(round, shard)).unwrap_or_else(|| panic!("round {round} of shard {shard}"));
             let elements = (ELEMENTS - shard * per_shard).min(per_shard);
             let mut next = Vec::new();
-            let mut fold = resolved.begin(ShardContext { elements, groups: &[] }, state);
+            let mut fold = resolved.begin(ShardContext { elements, groups: &[], round });
             let mut counted = counted.clone();
             counted.sort_unstable();
             for rank in counted {
                 let values = to_bytes(&gradient(rank, round)[shard * per_shard..][..elements]);
                 fold.accept(Contribution { rank, weight: 1.0, values: &values });
             }
-            fold.finish(&mut next);
+            fold.finish(state, &mut next);
             *state = next;
         }
     }

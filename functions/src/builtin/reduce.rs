@@ -1,7 +1,10 @@
 //! `sum`, `mean` and `weighted_mean`: the next state is a combination of the contributions alone.
 
-use super::lanes::{Accumulator, append};
-use crate::{AggregationFunction, Contribution, Digest, Fold, Kind, ShardContext};
+use super::{
+    accumulator::{Accumulator, Terms},
+    lanes::append,
+};
+use crate::{AggregationFunction, Contribution, Digest, Fold, InvalidPartial, Kind, ShardContext};
 
 /// How contributions are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +15,15 @@ pub(super) enum Rule {
     Mean,
     /// The sum of weight * value, divided by the sum of weights.
     WeightedMean,
+}
+
+impl Rule {
+    fn terms(self) -> Terms {
+        match self {
+            Self::Sum | Self::Mean => Terms::Values,
+            Self::WeightedMean => Terms::Weighted,
+        }
+    }
 }
 
 /// A function without settings and slots.
@@ -44,59 +56,62 @@ impl AggregationFunction for Reduction {
         Kind::Reduction
     }
 
-    fn begin<'a>(&'a self, shard: ShardContext<'a>, state: &'a [u8]) -> Box<dyn Fold + 'a> {
-        let elements = shard.elements;
+    fn partial_bytes(&self, elements: usize) -> usize {
+        Accumulator::partial_bytes(elements)
+    }
+
+    fn begin<'a>(&'a self, shard: ShardContext<'a>) -> Box<dyn Fold + 'a> {
+        let sums = Accumulator::new(self.rule.terms(), shard.elements);
+        Box::new(ReductionFold { rule: self.rule, sums })
+    }
+
+    fn resume<'a>(
+        &'a self,
+        shard: ShardContext<'a>,
+        partial: &[u8],
+    ) -> Result<Box<dyn Fold + 'a>, InvalidPartial> {
+        let sums = Accumulator::resume(self.rule.terms(), shard.elements, partial)?;
+        Ok(Box::new(ReductionFold { rule: self.rule, sums }))
+    }
+}
+
+struct ReductionFold {
+    rule: Rule,
+    sums: Accumulator,
+}
+
+impl Fold for ReductionFold {
+    fn accept(&mut self, contribution: Contribution<'_>) {
+        self.sums.add(&contribution);
+    }
+
+    fn needs_state(&self) -> bool {
+        self.sums.accepted() == 0 || (self.rule == Rule::WeightedMean && self.sums.weights() == 0.0)
+    }
+
+    fn suspend(self: Box<Self>, out: &mut Vec<u8>) {
+        self.sums.suspend(out);
+    }
+
+    fn finish(mut self: Box<Self>, state: &[u8], out: &mut Vec<u8>) {
+        let elements = self.sums.elements();
         assert!(
             state.is_empty() || state.len() == 4 * elements,
             "state has {} bytes; a shard of {elements} elements has {} (or none at all)",
             state.len(),
             4 * elements,
         );
-        Box::new(ReductionFold {
-            rule: self.rule,
-            elements,
-            state,
-            sums: Accumulator::new(elements),
-            weights: 0.0,
-        })
-    }
-}
-
-struct ReductionFold<'a> {
-    rule: Rule,
-    elements: usize,
-    state: &'a [u8],
-    sums: Accumulator,
-    /// In f64, so that many small weights after a large one still count.
-    weights: f64,
-}
-
-impl Fold for ReductionFold<'_> {
-    fn accept(&mut self, contribution: Contribution<'_>) {
-        match self.rule {
-            Rule::Sum | Rule::Mean => self.sums.add(&contribution, |value| value),
-            Rule::WeightedMean => {
-                let weight = contribution.weight;
-                self.sums.add(&contribution, |value| weight * value);
-                self.weights += f64::from(weight);
-            }
-        }
-    }
-
-    fn finish(mut self: Box<Self>, out: &mut Vec<u8>) {
-        let accepted = self.sums.accepted();
-        let weights = self.weights;
-        if accepted == 0 || (self.rule == Rule::WeightedMean && weights == 0.0) {
+        if self.needs_state() {
             assert!(
-                self.state.len() == 4 * self.elements,
-                "nothing to combine: the state stays as it is, but begin was given none",
+                state.len() == 4 * elements,
+                "nothing to combine: the state stays as it is, but finish was given none",
             );
-            return out.extend_from_slice(self.state);
+            return out.extend_from_slice(state);
         }
-        out.reserve(4 * self.elements);
+        out.reserve(4 * elements);
+        let count = self.sums.accepted() as f32;
+        let weights = self.sums.weights();
         let sums = self.sums.sums();
-        // At most MAX_MEMBERS = 2^14 contributions: exact.
-        let count = accepted as f32;
         match self.rule {
             Rule::Sum => append(out, sums, |sum| sum),
             Rule::Mean => append(out, sums, |sum| sum / count),

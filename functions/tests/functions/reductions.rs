@@ -1,9 +1,9 @@
 //! `sum`, `mean` and `weighted_mean`.
 
 use proptest::prelude::*;
-use thalweg_functions::{Contribution, Kind, ShardContext};
+use thalweg_functions::{Contribution, Kind};
 
-use crate::common::{UNIT_ROUNDOFF, bits, bytes, named, round, weighted_round};
+use crate::common::{UNIT_ROUNDOFF, bits, bytes, named, round, shard, weighted_round};
 
 const REDUCTIONS: [&str; 3] = ["sum", "mean", "weighted_mean"];
 
@@ -41,41 +41,58 @@ fn nothing_accepted_leaves_the_state_bit_for_bit() {
 fn state_may_be_left_out_when_something_is_accepted() {
     for name in REDUCTIONS {
         let function = named(name);
-        let mut fold = function.begin(ShardContext { elements: 1, groups: &[] }, &[]);
+        let mut fold = function.begin(shard(1, &[]));
+        assert!(fold.needs_state(), "{name}");
         fold.accept(Contribution { rank: 9, weight: 2.0, values: &bytes(&[4.0]) });
+        assert!(!fold.needs_state(), "{name}");
         let mut out = Vec::new();
-        fold.finish(&mut out);
+        fold.finish(&[], &mut out);
         assert_eq!(out, bytes(&[4.0]), "{name}");
     }
 }
 
 #[test]
-#[should_panic(expected = "begin was given none")]
+#[should_panic(expected = "finish was given none")]
 fn state_left_out_and_nothing_accepted() {
-    named("sum").begin(ShardContext { elements: 1, groups: &[] }, &[]).finish(&mut Vec::new());
+    named("sum").begin(shard(1, &[])).finish(&[], &mut Vec::new());
+}
+
+#[test]
+fn weights_of_zero_need_the_state() {
+    for (name, needs) in [("sum", false), ("mean", false), ("weighted_mean", true)] {
+        let function = named(name);
+        let mut fold = function.begin(shard(1, &[]));
+        fold.accept(Contribution { rank: 0, weight: 0.0, values: &[0; 4] });
+        assert_eq!(fold.needs_state(), needs, "{name}");
+    }
 }
 
 #[test]
 #[should_panic(expected = "state has 8 bytes; a shard of 3 elements has 12")]
 fn state_of_the_wrong_length() {
-    let _ = named("mean").begin(ShardContext { elements: 3, groups: &[] }, &[0; 8]);
+    named("mean").begin(shard(3, &[])).finish(&[0; 8], &mut Vec::new());
 }
 
 #[test]
 #[should_panic(expected = "contribution of rank 5 has 11 bytes; a shard of 3 elements takes 12")]
 fn contribution_of_the_wrong_length() {
     let function = named("mean");
-    let mut fold = function.begin(ShardContext { elements: 3, groups: &[] }, &[]);
+    let mut fold = function.begin(shard(3, &[]));
     fold.accept(Contribution { rank: 5, weight: 1.0, values: &[0; 11] });
 }
 
 #[test]
-#[should_panic(expected = "rank 4 after rank 4; contributions must come in ascending rank order")]
-fn ranks_out_of_order() {
+fn the_order_is_the_one_given_whatever_the_ranks() {
     let function = named("sum");
-    let mut fold = function.begin(ShardContext { elements: 1, groups: &[] }, &[]);
-    fold.accept(Contribution { rank: 4, weight: 1.0, values: &[0; 4] });
-    fold.accept(Contribution { rank: 4, weight: 1.0, values: &[0; 4] });
+    for (values, expected) in [([1.0_f32, 1e8, -1e8], 0.0), ([1e8, -1e8, 1.0], 1.0)] {
+        let mut fold = function.begin(shard(1, &[]));
+        for (rank, value) in [7, 2, 2].into_iter().zip(values) {
+            fold.accept(Contribution { rank, weight: 1.0, values: &value.to_le_bytes() });
+        }
+        let mut out = Vec::new();
+        fold.finish(&[], &mut out);
+        assert_eq!(out, bytes(&[expected]));
+    }
 }
 
 #[test]

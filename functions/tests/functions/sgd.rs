@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use proptest::prelude::*;
-use thalweg_functions::{Kind, ShardContext};
+use thalweg_functions::Kind;
 use thalweg_protocol::{FunctionSpec, ParameterGroup, Setting};
 
-use crate::common::{Groups, UNIT_ROUNDOFF, bits, function, round};
+use crate::common::{Groups, UNIT_ROUNDOFF, bits, function, round, shard};
 
 /// Settings of some elements.
 #[derive(Clone, Copy, Debug)]
@@ -87,21 +87,21 @@ fn no_decay_means_no_product() {
     assert_eq!(round(&*function, &[], &[f32::INFINITY], &[vec![1.0]]), [f32::INFINITY]);
 }
 
-fn begin(elements: usize, groups: &Groups, state: &[u8]) {
+fn fold_nothing(elements: usize, groups: &Groups, state: &[u8]) {
     let hyper = Hyper { lr: 0.1, momentum: 0.9, nesterov: false, weight_decay: 0.0 };
-    let _ = function(&spec(hyper, &[hyper])).begin(ShardContext { elements, groups }, state);
+    function(&spec(hyper, &[hyper])).begin(shard(elements, groups)).finish(state, &mut Vec::new());
 }
 
 #[test]
 #[should_panic(expected = "state has 12 bytes; 3 elements with 1 optimizer slots have 24")]
 fn state_without_its_slot() {
-    begin(3, &[], &[0; 12]);
+    fold_nothing(3, &[], &[0; 12]);
 }
 
 #[test]
 #[should_panic(expected = "parameter group 1 does not exist; the function has 1")]
 fn unknown_group() {
-    begin(3, &[(0..1, 1)], &[0; 24]);
+    fold_nothing(3, &[(0..1, 1)], &[0; 24]);
 }
 
 #[test]
@@ -109,13 +109,13 @@ fn unknown_group() {
     expected = "parameter group range 1..3 must be ascending, disjoint from those before (up to 2)"
 )]
 fn overlapping_groups() {
-    begin(3, &[(0..2, 0), (1..3, 0)], &[0; 24]);
+    fold_nothing(3, &[(0..2, 0), (1..3, 0)], &[0; 24]);
 }
 
 #[test]
 #[should_panic(expected = "inside a shard of 3 elements")]
 fn group_beyond_the_shard() {
-    begin(3, &[(2..4, 0)], &[0; 24]);
+    fold_nothing(3, &[(2..4, 0)], &[0; 24]);
 }
 
 /// One element in f64, with the magnitude of everything that went into it.

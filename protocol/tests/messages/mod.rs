@@ -9,12 +9,13 @@ use proptest::{
     prelude::*,
 };
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Dtype, Durability, ErrorCode, FrameError,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FrameError,
     FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
     JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
     NonFinite, OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
-    StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
+    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
+    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef,
+    frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -257,11 +258,22 @@ fn settings() -> impl Strategy<Value = Settings> {
 fn function() -> impl Strategy<Value = FunctionSpec> {
     let group =
         (vec(text(), 0..4), settings()).prop_map(|(tensors, settings)| ParameterGroup { tensors, settings });
-    (text(), settings(), vec(group, 0..3)).prop_map(|(name, settings, groups)| FunctionSpec {
-        name,
-        settings,
-        groups,
-    })
+    let schedule = option::of(schedule());
+    (text(), settings(), vec(group, 0..3), schedule)
+        .prop_map(|(name, settings, groups, schedule)| FunctionSpec { name, settings, groups, schedule })
+}
+
+/// Also numbers that no function accepts.
+fn schedule() -> impl Strategy<Value = Schedule> {
+    let decay = prop_oneof![
+        Just(Decay::Constant),
+        (U64, number()).prop_map(|(rounds, to)| Decay::Linear { rounds, to }),
+        (U64, number()).prop_map(|(rounds, to)| Decay::Cosine { rounds, to }),
+        number().prop_map(|factor| Decay::Exponential { factor }),
+        (vec(U64, 0..4), number()).prop_map(|(at, factor)| Decay::Steps { at, factor }),
+        Just(Decay::InverseSqrt),
+    ];
+    (U64, decay).prop_map(|(warmup_rounds, decay)| Schedule { warmup_rounds, decay })
 }
 
 /// A specification of the right types; most are not valid.

@@ -362,7 +362,7 @@ impl World {
             return Err(FoldError::Moved);
         }
         let function = plan.job.function(plan.round);
-        let mut fold = function.begin(ShardContext { elements: ELEMENTS, groups: &[] }, &state.values);
+        let mut fold = function.begin(ShardContext { elements: ELEMENTS, groups: &[], round: plan.round });
         for input in &plan.inputs {
             let values = match &input.values {
                 Some(values) => values.clone(),
@@ -376,7 +376,7 @@ impl World {
             fold.accept(Contribution { rank: input.rank, weight: input.weight, values: &values });
         }
         let mut out = Vec::new();
-        fold.finish(&mut out);
+        fold.finish(&state.values, &mut out);
         Ok(out.into())
     }
 

@@ -54,14 +54,14 @@ pub(super) fn values(rank: Rank, shard: ShardIndex, round: Round) -> Vec<f32> {
 /// The state of a shard after `rounds` undisturbed rounds of a `sum`.
 pub(super) fn sum_in_rank_order(ranks: impl Iterator<Item = Rank>, shard: u32, round: Round) -> Bytes {
     let function = thalweg_functions::resolve(&FunctionSpec::named("sum")).unwrap();
-    let mut fold = function.begin(ShardContext { elements: ELEMENTS, groups: &[] }, &[]);
+    let mut fold = function.begin(ShardContext { elements: ELEMENTS, groups: &[], round });
     for rank in ranks {
         let bytes: Vec<u8> =
             values(rank, shard, round).iter().flat_map(|value| value.to_le_bytes()).collect();
         fold.accept(Contribution { rank, weight: 1.0, values: &bytes });
     }
     let mut out = Vec::new();
-    fold.finish(&mut out);
+    fold.finish(&[], &mut out);
     out.into()
 }
 

@@ -1,0 +1,41 @@
+//! Settings of `lion`.
+
+use thalweg_protocol::FunctionSpec;
+
+use super::{
+    Grouped, InvalidSettings,
+    place::{NOT_NEGATIVE, Place, SHARE, grouped},
+};
+
+const KNOWN: [&str; 4] = ["lr", "beta1", "beta2", "weight_decay"];
+
+/// What `lion` does to an element. Defaults are those of its paper.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Lion {
+    /// Step size, finite and above 0.
+    pub(crate) lr: f64,
+    /// Share of the average gradient in the step's direction, 0 or more and below 1; 0.9.
+    pub(crate) beta1: f64,
+    /// Share of the average gradient that survives a round, 0 or more and below 1; 0.99.
+    pub(crate) beta2: f64,
+    /// Decoupled, finite and 0 or more; 0.
+    pub(crate) weight_decay: f64,
+}
+
+impl Lion {
+    /// The settings of the function and of each of its groups.
+    pub(crate) fn parse(spec: &FunctionSpec) -> Result<Grouped<Self>, InvalidSettings> {
+        grouped(spec, &KNOWN, Self::overlay)
+    }
+
+    fn overlay(base: Option<Self>, place: &Place<'_>) -> Result<Self, InvalidSettings> {
+        let lr = place.lr(base.map(|base| base.lr))?;
+        let base = base.unwrap_or(Self { lr, beta1: 0.9, beta2: 0.99, weight_decay: 0.0 });
+        Ok(Self {
+            lr,
+            beta1: place.number("beta1", &SHARE)?.unwrap_or(base.beta1),
+            beta2: place.number("beta2", &SHARE)?.unwrap_or(base.beta2),
+            weight_decay: place.number("weight_decay", &NOT_NEGATIVE)?.unwrap_or(base.weight_decay),
+        })
+    }
+}
