@@ -14,6 +14,7 @@ use thalweg_broker::{
 };
 use thalweg_protocol::{Incarnation, subjects};
 use thalweg_store::StoreClient;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{http, jobs::Jobs, service::Gateway};
@@ -64,10 +65,13 @@ const MAX_REQUESTS: usize = 256;
 
 /// Serves until `shutdown`, then finishes the requests under way.
 ///
+/// `window_budget` is what counts of `config.window_budget_bytes`, and may change meanwhile.
+///
 /// # Errors
 /// [`GatewayError`]: only what waiting cannot cure.
 pub async fn run(
     config: Config,
+    mut window_budget: watch::Receiver<u64>,
     streams: StreamsConfig,
     connection: Connection,
     report: Report,
@@ -90,7 +94,8 @@ pub async fn run(
         incarnations: Arc::new(Incarnation::random),
     };
     let lease = Duration::from_millis(config.worker_lease_ms.max(100));
-    let gateway = Arc::new(Gateway::new(jobs, Arc::new(Instant::now), lease, config.window_budget_bytes));
+    let budget = *window_budget.borrow_and_update();
+    let gateway = Arc::new(Gateway::new(jobs, Arc::new(Instant::now), lease, budget));
     let nats = |error: &dyn std::fmt::Display| GatewayError::Nats(error.to_string());
     let service = connection
         .client
@@ -148,6 +153,11 @@ pub async fn run(
                 let (connection, registry, streams) = (connection.clone(), registry.clone(), streams.clone());
                 let shutdown = shutdown.clone();
                 tokio::spawn(async move { mend_streams(&connection, &registry, &streams, &shutdown).await });
+            }
+            Ok(()) = window_budget.changed() => {
+                let bytes = *window_budget.borrow_and_update();
+                tracing::info!(bytes, "sharing another window budget");
+                gateway.set_window_budget(bytes);
             }
             _ = renew.tick() => {
                 if let Err(error) = keeper.tick(&registry, Instant::now()).await {

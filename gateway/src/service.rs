@@ -23,7 +23,6 @@ pub struct Gateway {
     pub(crate) jobs: Jobs,
     pub(crate) clock: Clock,
     pub(crate) lease: Duration,
-    pub(crate) window_budget_bytes: u64,
     shared: Mutex<Shared>,
 }
 
@@ -66,7 +65,12 @@ impl Gateway {
             read_at: BTreeMap::new(),
             swept_at: clock(),
         };
-        Self { jobs, clock, lease, window_budget_bytes, shared: Mutex::new(shared) }
+        Self { jobs, clock, lease, shared: Mutex::new(shared) }
+    }
+
+    /// Shares another budget of bytes in flight from now on ([`Windows::set_budget`]).
+    pub fn set_window_budget(&self, bytes: u64) {
+        self.shared().windows.set_budget(bytes);
     }
 
     pub(crate) fn shared(&self) -> MutexGuard<'_, Shared> {

@@ -1,39 +1,55 @@
-//! What every service process has: signals, health, metrics, the admin port.
+//! What every service process has: signals, reloading, health, metrics, the admin port.
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use thalweg_broker::Report;
-use thalweg_telemetry::{admin, health::Health, metrics, shutdown};
+use thalweg_telemetry::{admin, config::Loader, health::Health, logs, metrics, shutdown};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    reload::{Live, Reload},
+};
 
 /// The scaffolding of one process.
 pub(crate) struct Host {
     pub(crate) health: Health,
     /// Cancelled by the first signal.
     pub(crate) shutdown: CancellationToken,
+    /// What may change while the process runs.
+    pub(crate) live: Live,
     /// Cancelled when everything else has ended, so that health can be watched while draining.
     ended: CancellationToken,
     admin: tokio::task::JoinHandle<std::io::Result<()>>,
 }
 
 impl Host {
-    /// Opens the admin port and listens for signals. `components` are those that have to be ready.
-    pub(crate) async fn open(config: &Config, components: &[&str]) -> anyhow::Result<Self> {
+    /// Opens the admin port, listens for signals. `components` are those that have to be
+    /// ready; `sections` are those of the configuration that they read, beside what every process reads.
+    pub(crate) async fn open(
+        config: &Config,
+        loader: Loader,
+        components: &[&str],
+        sections: &'static [&'static str],
+    ) -> anyhow::Result<Self> {
         let shutdown = CancellationToken::new();
         shutdown::signals(shutdown.clone())?;
-        Self::open_without_signals(config, components, shutdown).await
+        // In place before anything is waited for: without a handler SIGHUP ends the process.
+        let live = Live::new(config);
+        Reload::new(loader, sections, config, live.clone()).at_hangups()?;
+        Self::open_without_signals(config, components, live, shutdown).await
     }
 
     pub(crate) async fn open_without_signals(
         config: &Config,
         components: &[&str],
+        live: Live,
         shutdown: CancellationToken,
     ) -> anyhow::Result<Self> {
         let handle = metrics::install()?;
+        crate::metrics::describe();
         thalweg_store::metrics::describe();
         thalweg_invoker::metrics::describe();
         thalweg_gateway::metrics::describe();
@@ -47,8 +63,9 @@ impl Host {
             .with_context(|| format!("admin port {}: choose another admin.listen", config.admin.listen))?;
         tracing::info!(address = %listener.local_addr()?, "health and metrics");
         let ended = CancellationToken::new();
-        let admin = tokio::spawn(admin::serve(listener, health.clone(), handle, ended.clone()));
-        Ok(Self { health, shutdown, ended, admin })
+        let serving = admin::serve(listener, health.clone(), handle, logs::installed(), ended.clone());
+        let admin = tokio::spawn(serving);
+        Ok(Self { health, shutdown, live, ended, admin })
     }
 
     /// A report that shows in the health of `component`.
