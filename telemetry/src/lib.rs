@@ -8,7 +8,8 @@
 //! * [`metrics`]: the Prometheus recorder, with real histograms;
 //! * [`health`]: which components are ready, and what the others wait for;
 //! * [`admin`]: `/livez`, `/readyz`, `/metrics` and `/log` over HTTP;
-//! * [`shutdown`]: the first signal drains, the second one exits.
+//! * [`shutdown`]: the first signal drains, the second one exits;
+//! * [`systemd`]: tells systemd when the process is ready and when it stops.
 //!
 //! This crate depends on no other crate of the project, and is the only one that knows the
 //! Prometheus exporter: the others record through the `metrics` facade.
@@ -19,3 +20,4 @@ pub mod health;
 pub mod logs;
 pub mod metrics;
 pub mod shutdown;
+pub mod systemd;

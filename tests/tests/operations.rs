@@ -1,11 +1,14 @@
-//! Operating a process while it runs: log filter, reloading.
+//! Operating a process while it runs: log filter, reloading, systemd.
 
 use std::{
     fs,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
-use thalweg_tests::{cluster, eventually};
+use thalweg_tests::{PATIENCE, cluster, eventually};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -201,4 +204,93 @@ async fn policy_and_window_budget_change_while_everything_runs() {
     up.reload("[autoscaler.policy]\nmin_invokers = 9\nmax_invokers = 8\n");
     eventually("the refusal", async || up.metric(REFUSED).await >= 1.0).await;
     assert!((up.metric(ready).await - 2.0).abs() < 0.1);
+}
+
+#[tokio::test]
+async fn systemd_is_told_of_readiness_and_of_the_end() {
+    let sockets = tempfile::tempdir().expect("a directory");
+    let socket = sockets.path().join("notify");
+    let receiver = UnixDatagram::bind(&socket).expect("a socket");
+    receiver.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let receive = || {
+        let mut bytes = [0; 256];
+        let length = receiver.recv(&mut bytes).expect("a message in time");
+        String::from_utf8_lossy(&bytes[..length]).trim().to_owned()
+    };
+    let mut up =
+        Process::up("autoscaler.actuator = 'process'\nautoscaler.policy.min_invokers = 1\n", |command| {
+            command.env("NOTIFY_SOCKET", &socket);
+        });
+    assert_eq!(receive(), "READY=1");
+    assert_eq!(up.admin("GET", "/readyz", "").await.0, 200);
+    let ready = r#"thalweg_autoscaler_invokers{state="ready"}"#;
+    eventually("an invoker", async || up.metric(ready).await >= 1.0).await;
+    up.signal("-TERM");
+    // Not the readiness of the invoker, which is a process of its own.
+    assert_eq!(receive(), "STOPPING=1");
+    assert!(up.child.wait().expect("it ends").success());
+    receiver.set_read_timeout(Some(Duration::from_millis(1))).expect("a timeout");
+    receiver.recv(&mut [0; 1]).expect_err("and nothing else");
+}
+
+#[tokio::test]
+async fn a_process_that_waits_is_not_ready_for_systemd() {
+    let sockets = tempfile::tempdir().expect("a directory");
+    let socket = sockets.path().join("notify");
+    let receiver = UnixDatagram::bind(&socket).expect("a socket");
+    let mut store = Process::waiting_store("", |command| {
+        command.env("NOTIFY_SOCKET", &socket);
+    });
+    store.says("health and metrics").await;
+    store.signal("-TERM");
+    store.child.wait().expect("it ends");
+    let mut bytes = [0; 256];
+    let length = receiver.recv(&mut bytes).expect("a message");
+    assert_eq!(String::from_utf8_lossy(&bytes[..length]).trim(), "STOPPING=1", "and never READY=1");
+}
+
+fn units() -> Vec<(String, String)> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/systemd");
+    let paths = fs::read_dir(directory).expect("deploy/systemd").map(|entry| entry.expect("an entry").path());
+    let units = paths.filter(|path| path.extension().is_some_and(|extension| extension == "service"));
+    let named = |path: PathBuf| {
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        (name, fs::read_to_string(path).expect("a unit"))
+    };
+    units.map(named).collect()
+}
+
+#[test]
+fn systemd_accepts_the_units() {
+    let units = units();
+    assert_eq!(units.len(), 2);
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: systemd-analyze is not installed, so the units were not verified");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    for (name, text) in units {
+        // It looks for the program, which is not installed here.
+        let installed = "ExecStart=/usr/local/bin/thalweg ";
+        assert!(text.contains(installed), "{name}");
+        let here = format!("ExecStart={} ", cluster::binary().display());
+        let path = directory.path().join(name.replace('@', "@gateway"));
+        fs::write(&path, text.replace(installed, &here)).expect("written");
+        let output = Command::new("systemd-analyze").arg("verify").arg(&path).output().expect("it runs");
+        // Keys that it does not know are not a failure to it.
+        let text = String::from_utf8_lossy(&output.stderr);
+        let ours: Vec<_> = text.lines().filter(|line| line.contains("thalweg")).collect();
+        assert!(output.status.success() && ours.is_empty(), "{name}: {text}");
+    }
+}
+
+#[test]
+fn the_units_leave_time_for_the_drain() {
+    let policy = thalweg::config::Config::default().autoscaler.policy;
+    for (name, text) in units() {
+        let seconds = text.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")?.parse().ok());
+        let stop = Duration::from_secs(seconds.expect("a time"));
+        assert!(stop >= Duration::from_millis(policy.drain_timeout_ms) * 2, "{name}");
+        assert!(text.contains("\nKillMode=mixed\n"), "{name}: invokers are stopped by the autoscaler");
+    }
 }

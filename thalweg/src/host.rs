@@ -1,10 +1,10 @@
-//! What every service process has: signals, reloading, health, metrics, the admin port.
+//! What every service process has: signals, reloading, health, metrics, the admin port, word to systemd.
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use thalweg_broker::Report;
-use thalweg_telemetry::{admin, config::Loader, health::Health, logs, metrics, shutdown};
+use thalweg_telemetry::{admin, config::Loader, health::Health, logs, metrics, shutdown, systemd};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -23,10 +23,11 @@ pub(crate) struct Host {
     /// Cancelled when everything else has ended, so that health can be watched while draining.
     ended: CancellationToken,
     admin: tokio::task::JoinHandle<std::io::Result<()>>,
+    systemd: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Host {
-    /// Opens the admin port, listens for signals. `components` are those that have to be
+    /// Opens the admin port, listens for signals and tells systemd. `components` are those that have to be
     /// ready; `sections` are those of the configuration that they read, beside what every process reads.
     pub(crate) async fn open(
         config: &Config,
@@ -39,7 +40,9 @@ impl Host {
         // In place before anything is waited for: without a handler SIGHUP ends the process.
         let live = Live::new(config);
         Reload::new(loader, sections, config, live.clone()).at_hangups()?;
-        Self::open_without_signals(config, components, live, shutdown).await
+        let mut host = Self::open_without_signals(config, components, live, shutdown).await?;
+        host.systemd = systemd::notify(host.health.clone(), host.shutdown.clone());
+        Ok(host)
     }
 
     pub(crate) async fn open_without_signals(
@@ -65,7 +68,7 @@ impl Host {
         let ended = CancellationToken::new();
         let serving = admin::serve(listener, health.clone(), handle, logs::installed(), ended.clone());
         let admin = tokio::spawn(serving);
-        Ok(Self { health, shutdown, live, ended, admin })
+        Ok(Self { health, shutdown, live, ended, admin, systemd: None })
     }
 
     /// A report that shows in the health of `component`.
@@ -77,8 +80,12 @@ impl Host {
         })
     }
 
-    /// Closes the admin port.
+    /// Closes the admin port. By now systemd has been told of the end, whatever brought it about.
     pub(crate) async fn close(self) {
+        self.shutdown.cancel();
+        if let Some(systemd) = self.systemd {
+            let _ = systemd.await;
+        }
         self.ended.cancel();
         let _ = self.admin.await;
     }

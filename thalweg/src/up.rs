@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use thalweg_autoscaler::{Actuator, ExternalActuator, InProcessActuator, Status};
 use thalweg_broker::{Connection, NatsConfig, no_report};
 use thalweg_store::{LocalStore, ShardStore};
-use thalweg_telemetry::config::Loader;
+use thalweg_telemetry::{config::Loader, systemd};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -33,11 +33,16 @@ pub async fn main(config: Config, loader: Loader) -> anyhow::Result<()> {
     let sections = &["streams", "gateway", "store", "invoker", "autoscaler", "embedded", "admin", "log"];
     Reload::new(loader, sections, &config, live.clone()).at_hangups()?;
     let embedded = Service::start_with(config, live).await?;
+    let systemd = systemd::notify(embedded.host.health.clone(), shutdown.clone());
     tracing::info!(url = embedded.url(), "thalweg is up; stop it with Ctrl-C");
     let ended = tokio::select! {
         () = shutdown.cancelled() => None,
         why = embedded.ended() => Some(why),
     };
+    shutdown.cancel();
+    if let Some(systemd) = systemd {
+        systemd.await?;
+    }
     embedded.stop().await?;
     ended.map_or(Ok(()), Err)
 }
