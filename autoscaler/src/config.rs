@@ -96,6 +96,23 @@ impl Config {
         check(self.dead_after_ms >= 1000, "dead_after_ms must be at least 1000")
     }
 
+    /// How far back observations are kept.
+    pub(crate) fn longest_window(&self) -> Millis {
+        self.shrink_window_ms.max(self.grow_window_ms)
+    }
+
+    /// These settings, with those of `running` that are in use since the start and cannot change before the
+    /// next one: the lease that is kept, and what the actuator was made with.
+    #[must_use]
+    pub fn keeping_fixed(self, running: &Self) -> Self {
+        Self {
+            drain_timeout_ms: running.drain_timeout_ms,
+            drain_on_shutdown: running.drain_on_shutdown,
+            lease: running.lease,
+            ..self
+        }
+    }
+
     /// Age at which an observation says nothing about the present any more.
     pub(crate) fn stale_after(&self) -> Millis {
         (5 * self.tick_ms).max(1000)

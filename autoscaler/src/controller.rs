@@ -51,7 +51,8 @@ pub struct Controller {
     /// Since when the placement is not what it should be.
     unplaced_since: Option<Millis>,
     wake_at: Option<Millis>,
-    service_bytes_per_s: f64,
+    /// As invokers measured it last; none before any has.
+    measured_bytes_per_s: Option<f64>,
     failed_starts: u32,
     start_after: Millis,
 }
@@ -76,7 +77,7 @@ impl Controller {
     ) -> Self {
         Self {
             history: History::new(partitions, 0, now),
-            service_bytes_per_s: config.default_service_mb_per_s * 1e6,
+            measured_bytes_per_s: None,
             config,
             partitions,
             starts,
@@ -92,6 +93,19 @@ impl Controller {
         }
     }
 
+    /// Goes on by these settings. What was decided and observed stays, unless the new windows reach further
+    /// back than what was kept: then nothing may be concluded about them before they have passed.
+    pub fn set_policy(&mut self, config: Config, now: Millis) {
+        if config.longest_window() > self.config.longest_window() {
+            self.history.interrupt(now);
+        }
+        self.config = config;
+    }
+
+    fn service_bytes_per_s(&self) -> f64 {
+        self.measured_bytes_per_s.unwrap_or(self.config.default_service_mb_per_s * 1e6)
+    }
+
     /// Takes a beat in. Returns whether [`Self::step`] should follow at once.
     pub fn beat(&mut self, beat: InvokerBeat, now: Millis) -> bool {
         self.fleet.beat(beat, now)
@@ -101,7 +115,7 @@ impl Controller {
     /// while the answer was under way (beats that still wait to be taken in) is not judged by it.
     pub fn observed(&mut self, depths: &[PartitionDepth], now: Millis) {
         let load = self.fleet.load(now);
-        self.service_bytes_per_s = load.service_bytes_per_s.unwrap_or(self.service_bytes_per_s);
+        self.measured_bytes_per_s = load.service_bytes_per_s.or(self.measured_bytes_per_s);
         let sample = Sample {
             at: now,
             messages: depths.iter().map(|depth| depth.messages).sum(),
@@ -109,7 +123,7 @@ impl Controller {
             active_partitions: depths.iter().filter(|depth| depth.messages > 0).count(),
             waiting_for_round: load.waiting_for_round,
             busy: load.busy,
-            service_bytes_per_s: self.service_bytes_per_s,
+            service_bytes_per_s: self.service_bytes_per_s(),
         };
         self.history.record(sample, &self.config);
     }
@@ -305,7 +319,7 @@ impl Controller {
             previous,
             target: decision.target,
             reason: decision.reason,
-            service_bytes_per_s: self.service_bytes_per_s,
+            service_bytes_per_s: self.service_bytes_per_s(),
             busy: self.history.latest(now, &self.config).map_or(0.0, |sample| sample.busy),
             status,
         }));

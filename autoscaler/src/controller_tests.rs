@@ -421,3 +421,55 @@ fn handing_over_takes_the_partitions_from_our_own() {
 
 #[path = "controller_faults.rs"]
 mod faults;
+
+#[test]
+fn another_policy_is_followed_with_the_next_step() {
+    let mut world = World::serving(2);
+    let policy = Config { min_invokers: 3, max_invokers: 3, ..Config::default() };
+    world.controller.set_policy(policy, world.now);
+    world.step();
+    assert_eq!(world.started.len(), 3);
+    let policy = Config { max_invokers: 1, ..Config::default() };
+    world.controller.set_policy(policy, world.now);
+    world.pass(1000);
+    assert_eq!(world.holders().len(), 1);
+}
+
+#[test]
+fn a_longer_window_is_not_judged_by_what_a_shorter_one_has_kept() {
+    let mut world = World::serving(4);
+    world.pass(5000);
+    world.depth_bytes = 64 * MIB;
+    world.pass(9000);
+    // Of the time before the last ten seconds nothing is known any more, so the new window begins now.
+    let policy = Config { shrink_window_ms: 20_000, ..Config::default() };
+    world.controller.set_policy(policy, world.now);
+    world.pass(19_000);
+    assert_eq!(world.holders().len(), 4);
+    world.pass(2000);
+    assert_eq!(world.holders().len(), 1);
+}
+
+#[test]
+fn a_new_default_rate_counts_until_a_rate_was_measured() {
+    let slow = Config { default_service_mb_per_s: 1.0, ..Config::default() };
+    let mut world = World::leading(Config::default());
+    world.controller.set_policy(slow.clone(), world.now);
+    world.depth_bytes = 64 * MIB;
+    world.observe();
+    assert_eq!(world.started.len(), 4, "64 MiB are much for 1 MB/s");
+
+    let mut world = World::serving(1);
+    world.controller.set_policy(slow, world.now);
+    world.pass(2000);
+    assert_eq!(world.started.len(), 1, "200 MB/s were measured");
+}
+
+#[test]
+fn what_is_fixed_at_the_start_stays() {
+    let running = Config::default();
+    let lease = thalweg_broker::LeaseConfig { term_ms: 1, ..running.lease };
+    let read =
+        Config { min_invokers: 1, drain_timeout_ms: 1, drain_on_shutdown: false, lease, ..Config::default() };
+    assert_eq!(read.keeping_fixed(&running), Config { min_invokers: 1, ..running });
+}

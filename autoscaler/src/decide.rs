@@ -82,7 +82,7 @@ impl History {
         self.idle_since = if sample.messages == 0 { self.idle_since.or(Some(sample.at)) } else { None };
         self.depth = (sample.messages, sample.bytes);
         self.samples.push_back(sample);
-        let window = config.shrink_window_ms.max(config.grow_window_ms);
+        let window = config.longest_window();
         while self.samples.front().is_some_and(|first| first.at + window < sample.at) {
             self.samples.pop_front();
         }

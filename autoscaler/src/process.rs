@@ -17,8 +17,9 @@ const POLL: Duration = Duration::from_millis(10);
 const KILL_GRACE: Duration = Duration::from_secs(1);
 
 /// Runs a command for every invoker: SIGTERM stops it, and SIGKILL does when it has not ended within the
-/// drain timeout. Children inherit environment, standard output and standard error; they have a process
-/// group of their own, so that Ctrl-C reaches the autoscaler first, which then stops them in order.
+/// drain timeout. Children inherit the environment (less systemd's `NOTIFY_SOCKET`), standard output and
+/// standard error; they have a process group of their own, so that Ctrl-C reaches the autoscaler first, which then
+/// stops them in order.
 #[derive(Debug)]
 pub struct ProcessActuator {
     program: OsString,
@@ -90,6 +91,8 @@ impl Actuator for ProcessActuator {
     async fn start(&mut self, id: &str) -> Result<(), ActuatorError> {
         let child = Command::new(&self.program)
             .args(self.arguments.iter().map(|argument| argument.replace("{id}", id)))
+            // Through it they would report their own readiness as that of the autoscaler.
+            .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
             .process_group(0)
             .kill_on_drop(self.kill_on_drop)

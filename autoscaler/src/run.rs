@@ -44,10 +44,13 @@ pub enum AutoscalerError {
 /// Of several autoscalers the one with the lease acts, the others watch. `status` shows what this one
 /// knows, after every observation that changes it.
 ///
+/// The policy may change meanwhile. Its lease and its ways of draining stay as they were in the beginning
+/// ([`Config::keeping_fixed`]); a policy that does not pass [`Config::validate`] is not followed.
+///
 /// # Errors
 /// [`AutoscalerError`]; failures of NATS are waited out.
 pub async fn run(
-    config: Config,
+    mut policy: watch::Receiver<Config>,
     streams: StreamsConfig,
     connection: Connection,
     actuator: Box<dyn Actuator>,
@@ -55,6 +58,7 @@ pub async fn run(
     status: watch::Sender<Status>,
     shutdown: CancellationToken,
 ) -> Result<(), AutoscalerError> {
+    let config = policy.borrow_and_update().clone();
     config.validate().map_err(AutoscalerError::Config)?;
     report(Some("waiting for the registry"));
     let Some(registry) = open_registry(&connection, &shutdown).await else { return Ok(()) };
@@ -67,6 +71,7 @@ pub async fn run(
     let controller = Controller::new(config.clone(), streams.partitions, actuator.starts(), ids, clock.now());
     let mut shell = Shell {
         config,
+        policy,
         streams,
         connection,
         registry,
@@ -147,6 +152,7 @@ struct Known {
 
 struct Shell {
     config: Config,
+    policy: watch::Receiver<Config>,
     streams: StreamsConfig,
     connection: Connection,
     registry: Registry,
@@ -181,6 +187,10 @@ impl Shell {
                 changed = connects.changed() => {
                     changed.map_err(|_| closed("its client is gone"))?;
                     self.reconnected();
+                    next_cycle = Instant::now();
+                }
+                Ok(()) = self.policy.changed() => {
+                    self.follow_policy();
                     next_cycle = Instant::now();
                 }
                 message = beats.next() => {
@@ -234,6 +244,18 @@ impl Shell {
             tick.max(ASLEEP)
         } else {
             tick
+        }
+    }
+
+    fn follow_policy(&mut self) {
+        let config = self.policy.borrow_and_update().clone().keeping_fixed(&self.config);
+        match config.validate() {
+            Ok(()) => {
+                tracing::info!("following the new policy");
+                self.controller.set_policy(config.clone(), self.clock.now());
+                self.config = config;
+            }
+            Err(error) => tracing::error!(error, "the new policy is out of range; keeping the old one"),
         }
     }
 

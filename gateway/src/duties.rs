@@ -35,7 +35,7 @@ impl Gateway {
             let now = (self.clock)();
             let mut shared = self.shared();
             let members = shared.members().into_iter().map(|worker| worker.incarnation);
-            shared.windows = Windows::new(self.window_budget_bytes, members);
+            shared.windows = Windows::new(shared.windows.budget_bytes(), members);
             shared.leases.interrupted(now);
             shared.swept_at = now;
         }

@@ -14,6 +14,7 @@ use thalweg_broker::{
 };
 use thalweg_protocol::{Event, Incarnation, subjects};
 use thalweg_store::StoreClient;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{events::Sink, http, jobs::Jobs, service::Gateway};
@@ -66,10 +67,13 @@ const MAX_EVENTS: usize = 4096;
 
 /// Serves until `shutdown`, then finishes the requests under way.
 ///
+/// `window_budget` is what counts of `config.window_budget_bytes`, and may change meanwhile.
+///
 /// # Errors
 /// [`GatewayError`]: only what waiting cannot cure.
 pub async fn run(
     config: Config,
+    mut window_budget: watch::Receiver<u64>,
     streams: StreamsConfig,
     connection: Connection,
     report: Report,
@@ -93,7 +97,8 @@ pub async fn run(
         incarnations: Arc::new(Incarnation::random),
     };
     let lease = Duration::from_millis(config.worker_lease_ms.max(100));
-    let gateway = Gateway::new(jobs, Arc::new(Instant::now), lease, config.window_budget_bytes);
+    let budget = *window_budget.borrow_and_update();
+    let gateway = Gateway::new(jobs, Arc::new(Instant::now), lease, budget);
     let gateway = Arc::new(gateway.telling(tell(connection.client.clone())));
     let nats = |error: &dyn std::fmt::Display| GatewayError::Nats(error.to_string());
     let service = connection
@@ -152,6 +157,11 @@ pub async fn run(
                 let (connection, registry, streams) = (connection.clone(), registry.clone(), streams.clone());
                 let shutdown = shutdown.clone();
                 tokio::spawn(async move { mend_streams(&connection, &registry, &streams, &shutdown).await });
+            }
+            Ok(()) = window_budget.changed() => {
+                let bytes = *window_budget.borrow_and_update();
+                tracing::info!(bytes, "sharing another window budget");
+                gateway.set_window_budget(bytes);
             }
             _ = renew.tick() => {
                 if let Err(error) = keeper.tick(&registry, Instant::now()).await {

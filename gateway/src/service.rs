@@ -29,7 +29,6 @@ pub struct Gateway {
     pub(crate) jobs: Jobs,
     pub(crate) clock: Clock,
     pub(crate) lease: Duration,
-    pub(crate) window_budget_bytes: u64,
     shared: Mutex<Shared>,
 }
 
@@ -76,7 +75,12 @@ impl Gateway {
             deserted_since: BTreeMap::new(),
             events: None,
         };
-        Self { jobs, clock, lease, window_budget_bytes, shared: Mutex::new(shared) }
+        Self { jobs, clock, lease, shared: Mutex::new(shared) }
+    }
+
+    /// Shares another budget of bytes in flight from now on ([`Windows::set_budget`]).
+    pub fn set_window_budget(&self, bytes: u64) {
+        self.shared().windows.set_budget(bytes);
     }
 
     /// Tells `sink` what happens to jobs while this gateway leads.

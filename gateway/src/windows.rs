@@ -73,6 +73,18 @@ impl Windows {
         Self { budget_bytes, unheard: members.into_iter().collect(), grants: HashMap::new() }
     }
 
+    /// What all workers together may have in flight.
+    #[must_use]
+    pub fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
+    }
+
+    /// Shares another budget from now on. Each worker learns its new share with its next heartbeat; of a
+    /// smaller budget nobody is given more than its least window until enough has been given back.
+    pub fn set_budget(&mut self, budget_bytes: u64) {
+        self.budget_bytes = budget_bytes;
+    }
+
     /// Grants a window to a worker that joins; `expected` is the number of workers that will share.
     pub fn join(&mut self, worker: Incarnation, least: u64, expected: u32) -> u64 {
         let share = self.budget_bytes / u64::from(expected.max(1)).max(self.active() + 1);
@@ -204,6 +216,25 @@ mod tests {
         windows.settle(&[queue(8, 20), queue(1, 4)]);
         assert!(!windows.has_gone(), "though the queues are not empty");
         assert_eq!(windows.beat(id(1), 1, 1, true), 100);
+    }
+
+    #[test]
+    fn another_budget_is_shared_with_the_next_heartbeats() {
+        let mut windows = Windows::new(100, []);
+        assert_eq!(windows.join(id(1), 1, 2), 50);
+        assert_eq!(windows.join(id(2), 1, 2), 50);
+        windows.set_budget(200);
+        assert_eq!(windows.beat(id(1), 50, 1, true), 100);
+        assert_eq!(windows.beat(id(2), 50, 1, true), 100);
+        windows.set_budget(60);
+        let mut held = [100, 100];
+        for _ in 0..4 {
+            for (worker, held) in held.iter_mut().enumerate() {
+                *held = windows.beat(id(worker as u8 + 1), *held, 1, true);
+            }
+        }
+        assert_eq!(held, [30, 30]);
+        assert!(windows.within_budget(), "{windows:?}");
     }
 
     #[test]

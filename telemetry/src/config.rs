@@ -20,6 +20,7 @@
 //! # Ok::<(), thalweg_telemetry::config::ConfigError>(())
 //! ```
 
+mod diff;
 mod error;
 mod explain;
 mod layer;
@@ -33,6 +34,7 @@ use ::config::Config;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use self::diff::{Change, diff};
 pub use self::error::ConfigError;
 use self::layer::Layer;
 

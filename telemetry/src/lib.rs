@@ -1,12 +1,15 @@
 //! Process scaffolding of Thalweg: what every component needs around its work, and nothing of the
 //! work itself.
 //!
-//! * [`config`]: defaults, file, environment and overrides, merged into one typed value;
-//! * [`logs`]: lines for people on a terminal, JSON for machines everywhere else;
+//! * [`config`]: defaults, file, environment and overrides, merged into one typed value, and what
+//!   has changed between two of them;
+//! * [`logs`]: lines for people on a terminal, JSON for machines everywhere else; the filter can be
+//!   changed while the process runs;
 //! * [`metrics`]: the Prometheus recorder, with real histograms;
 //! * [`health`]: which components are ready, and what the others wait for;
-//! * [`admin`]: `/livez`, `/readyz` and `/metrics` over HTTP;
-//! * [`shutdown`]: the first signal drains, the second one exits.
+//! * [`admin`]: `/livez`, `/readyz`, `/metrics` and `/log` over HTTP;
+//! * [`shutdown`]: the first signal drains, the second one exits;
+//! * [`systemd`]: tells systemd when the process is ready and when it stops.
 //!
 //! This crate depends on no other crate of the project, and is the only one that knows the
 //! Prometheus exporter: the others record through the `metrics` facade.
@@ -17,3 +20,4 @@ pub mod health;
 pub mod logs;
 pub mod metrics;
 pub mod shutdown;
+pub mod systemd;

@@ -1,5 +1,7 @@
 //! Logs: one line per event on stderr, for people on a terminal, as JSON everywhere else.
 
+mod handle;
+
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::str::FromStr;
@@ -8,7 +10,11 @@ use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
+
+pub use self::handle::{LogHandle, installed};
 
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -44,7 +50,7 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Why logs could not be set up.
+/// Why logs could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The filter is not a list of `target=level` directives.
@@ -52,7 +58,7 @@ pub enum LogError {
     Filter {
         /// The text that did not parse.
         filter: String,
-        /// `RUST_LOG` or `the configuration`.
+        /// `RUST_LOG`, `the configuration` or `the request`.
         origin: &'static str,
         /// What the parser said.
         source: ParseError,
@@ -63,9 +69,13 @@ pub enum LogError {
     /// Somebody else has already set the process's subscriber.
     #[error("logs are already set up in this process")]
     AlreadySet,
+    /// The subscriber whose filter was to be changed is no more.
+    #[error("the logs whose filter was to be changed have ended: start the process again")]
+    Gone,
 }
 
-/// Sets the process's log subscriber, once.
+/// Sets the process's log subscriber, once; the handle changes its filter afterwards. [`installed`]
+/// returns the same one.
 ///
 /// `filter` has the syntax of `RUST_LOG` (for example `info,thalweg_store=debug`); a `RUST_LOG` that
 /// is set and not empty wins over it. An empty filter lets errors through and nothing else.
@@ -74,12 +84,13 @@ pub enum LogError {
 ///
 /// [`LogError::Filter`] when the filter in force does not parse, [`LogError::AlreadySet`] when the
 /// process has a subscriber already; nothing is changed in either case.
-pub fn init(filter: &str, format: LogFormat) -> Result<(), LogError> {
+pub fn init(filter: &str, format: LogFormat) -> Result<LogHandle, LogError> {
     let variable = std::env::var("RUST_LOG").ok();
-    let filter = parse_filter(variable.as_deref(), filter)?;
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let style = Style::choose(format, io::stderr().is_terminal(), plain);
-    subscriber(filter, style, io::stderr).try_init().map_err(|_| LogError::AlreadySet)
+    let (subscriber, handle) = subscriber(variable, filter, style, io::stderr)?;
+    subscriber.try_init().map_err(|_| LogError::AlreadySet)?;
+    Ok(handle::install(handle))
 }
 
 /// [`LogFormat`] once the terminal is known.
@@ -99,11 +110,15 @@ impl Style {
     }
 }
 
-fn parse_filter(variable: Option<&str>, filter: &str) -> Result<EnvFilter, LogError> {
-    let (filter, origin) = match variable {
+/// Which filter is in force, and where it was set: `RUST_LOG` wins over the configuration unless it is empty.
+fn choose<'a>(variable: Option<&'a str>, filter: &'a str) -> (&'a str, &'static str) {
+    match variable {
         Some(text) if !text.is_empty() => (text, "RUST_LOG"),
         _ => (filter, "the configuration"),
-    };
+    }
+}
+
+fn parse((filter, origin): (&str, &'static str)) -> Result<EnvFilter, LogError> {
     EnvFilter::try_new(filter).map_err(|source| LogError::Filter {
         filter: filter.to_owned(),
         origin,
@@ -111,18 +126,31 @@ fn parse_filter(variable: Option<&str>, filter: &str) -> Result<EnvFilter, LogEr
     })
 }
 
-fn subscriber<W>(filter: EnvFilter, style: Style, writer: W) -> Box<dyn tracing::Subscriber + Send + Sync>
+type Subscriber = Box<dyn tracing::Subscriber + Send + Sync>;
+
+fn subscriber<W>(
+    variable: Option<String>,
+    filter: &str,
+    style: Style,
+    writer: W,
+) -> Result<(Subscriber, LogHandle), LogError>
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
-    match style {
-        Style::Human { colour } => Box::new(lines.with_ansi(colour).finish()),
+    let chosen = choose(variable.as_deref(), filter);
+    let (text, filter) = (chosen.0.to_owned(), parse(chosen)?);
+    // Right above the registry, where its type does not depend on the style of the lines.
+    let (filter, reload) = reload::Layer::new(filter);
+    let registry = tracing_subscriber::registry().with(filter);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let subscriber: Subscriber = match style {
+        Style::Human { colour } => Box::new(registry.with(lines.with_ansi(colour))),
         // Span lists repeat the current span once per level; the innermost one is enough to search by.
-        Style::Json => {
-            Box::new(lines.json().flatten_event(true).with_current_span(true).with_span_list(false).finish())
-        }
-    }
+        Style::Json => Box::new(
+            registry.with(lines.json().flatten_event(true).with_current_span(true).with_span_list(false)),
+        ),
+    };
+    Ok((subscriber, LogHandle::new(variable, text, reload)))
 }
 
 #[cfg(test)]
@@ -133,7 +161,7 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Sink(Arc<Mutex<Vec<u8>>>);
+    pub(super) struct Sink(Arc<Mutex<Vec<u8>>>);
 
     impl Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -148,8 +176,12 @@ mod tests {
     fn logged(filter: &str, style: Style, events: impl FnOnce()) -> String {
         let sink = Sink::default();
         let writer = sink.clone();
-        let filter = parse_filter(None, filter).unwrap();
-        tracing::subscriber::with_default(subscriber(filter, style, move || writer.clone()), events);
+        let (subscriber, _) = subscriber(None, filter, style, move || writer.clone()).unwrap();
+        tracing::subscriber::with_default(subscriber, events);
+        text(&sink)
+    }
+
+    pub(super) fn text(sink: &Sink) -> String {
         let bytes = sink.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
     }
@@ -192,7 +224,7 @@ mod tests {
 
     #[test]
     fn rust_log_wins_over_the_filter_unless_empty() {
-        let text = |variable, filter| parse_filter(variable, filter).unwrap().to_string();
+        let text = |variable, filter| choose(variable, filter).0;
         assert_eq!(text(Some("debug"), "info"), "debug");
         assert_eq!(text(Some(""), "info"), "info");
         assert_eq!(text(None, "info"), "info");
@@ -200,10 +232,10 @@ mod tests {
 
     #[test]
     fn a_bad_filter_is_named_with_its_origin() {
-        let error = parse_filter(None, "thalweg=loud").unwrap_err().to_string();
+        let error = parse(choose(None, "thalweg=loud")).unwrap_err().to_string();
         assert!(error.contains("`thalweg=loud`"), "{error}");
         assert!(error.contains("the configuration"), "{error}");
-        let error = parse_filter(Some("x=loud"), "info").unwrap_err();
+        let error = parse(choose(Some("x=loud"), "info")).unwrap_err();
         assert!(error.to_string().contains("RUST_LOG"), "{error}");
     }
 

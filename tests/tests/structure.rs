@@ -75,6 +75,77 @@ fn the_shipped_configuration_is_the_default_one() {
     missing_in(&default, &written, "");
 }
 
+#[test]
+fn the_shipped_configuration_marks_what_can_be_reloaded() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/thalweg.toml");
+    let text = std::fs::read_to_string(path).expect("docs/thalweg.toml");
+    assert_eq!(marked(&text), reloadable());
+}
+
+/// Keys whose comment says "Reloadable.".
+fn marked(text: &str) -> BTreeSet<String> {
+    let (mut section, mut marked, mut keys) = (String::new(), false, BTreeSet::new());
+    for line in text.lines() {
+        if let Some(comment) = line.strip_prefix('#') {
+            marked |= comment.contains(" Reloadable.");
+            continue;
+        }
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_end_matches(']').to_owned();
+        } else if let Some((key, _)) = line.split_once(" = ")
+            && marked
+        {
+            keys.insert(format!("{section}.{key}"));
+        }
+        marked = false;
+    }
+    keys
+}
+
+/// Keys that a running process adopts, found by changing each of them.
+fn reloadable() -> BTreeSet<String> {
+    use thalweg::config::Config;
+    let default = Config::default();
+    let mut keys = BTreeSet::new();
+    each_changed(&toml::Value::try_from(&default).expect("it can be written"), &mut |changed| {
+        let Ok(changed) = changed.try_into::<Config>() else { return false };
+        assert_ne!(changed, default);
+        let adopted = default.adopting(&changed);
+        assert!(adopted == default || adopted == changed, "a key is adopted or it is not");
+        let changes = thalweg_telemetry::config::diff(&default, &adopted).expect("compared");
+        keys.extend(changes.into_iter().map(|change| change.key));
+        true
+    });
+    keys
+}
+
+/// Calls `take` with `tree`, one leaf changed at a time; where it returns false the new value was none for this
+/// key, and another one is tried.
+fn each_changed(tree: &toml::Value, take: &mut dyn FnMut(toml::Value) -> bool) {
+    let toml::Value::Table(table) = tree else {
+        use toml::Value::{Boolean, Float, Integer, String};
+        let others = match tree {
+            Boolean(value) => vec![Boolean(!value)],
+            Integer(value) => vec![Integer(value + 1)],
+            Float(value) => vec![Float(value / 2.0)],
+            // Of what has a form: an address, a format, an actuator, a place for the queues.
+            String(_) => {
+                ["other", "127.0.0.1:1", "json", "external", "file"].map(|text| String(text.into())).into()
+            }
+            other => panic!("no other value is known for {other}"),
+        };
+        assert!(others.into_iter().any(take), "no other value was accepted in place of {tree}");
+        return;
+    };
+    for (key, value) in table {
+        each_changed(value, &mut |changed| {
+            let mut table = table.clone();
+            table.insert(key.clone(), changed);
+            take(toml::Value::Table(table))
+        });
+    }
+}
+
 fn missing_in(default: &toml::Value, written: &toml::Value, path: &str) {
     if let toml::Value::Table(table) = default {
         for (key, value) in table {

@@ -73,7 +73,7 @@ pub struct Common {
     /// NATS server, such as nats://127.0.0.1:4222
     #[arg(long, env = "THALWEG_URL")]
     nats_url: Option<String>,
-    /// Address of /livez, /readyz and /metrics; port 0 takes a free one
+    /// Address of /livez, /readyz, /metrics and /log; port 0 takes a free one
     #[arg(long)]
     admin: Option<String>,
     /// Any key of the configuration, for example --set autoscaler.policy.max_invokers=8
@@ -106,21 +106,21 @@ struct InvokerArgs {
 }
 
 impl Common {
-    /// The configuration in force, or `None` when it was only to be printed.
-    fn load(&self, more: &[(&str, Option<String>)]) -> anyhow::Result<Option<Config>> {
+    /// The configuration in force and where to read it again, or `None` when it was only to be printed.
+    fn load(&self, more: &[(&str, Option<String>)]) -> anyhow::Result<Option<(Config, Loader)>> {
         let flags = [("nats.url", self.nats_url.clone()), ("admin.listen", self.admin.clone())];
         let flags = flags.into_iter().chain(more.iter().cloned());
         let flags = flags.filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let overrides = self.overrides.iter().cloned().chain(flags).collect();
-        let config: Config = Loader::new("THALWEG").file(self.config.clone()).overrides(overrides).load()?;
-        config.check()?;
+        let loader = Loader::new("THALWEG").file(self.config.clone()).overrides(overrides);
+        let config = Config::load(&loader)?;
         if self.dump_config {
             use std::io::Write as _;
             std::io::stdout().write_all(dump(&config)?.as_bytes())?;
             return Ok(None);
         }
         thalweg_telemetry::logs::init(&config.log.filter, config.log.format)?;
-        Ok(Some(config))
+        Ok(Some((config, loader)))
     }
 }
 
@@ -138,29 +138,30 @@ impl Cli {
                      leave it out, or run gateway, store and autoscaler against that server; the port of the embedded \
                      one is embedded.port"
                 );
-                let Some(config) = common.load(&[])? else { return Ok(()) };
-                runtime()?.block_on(up::main(config))
+                let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
+                runtime()?.block_on(up::main(config, loader))
             }
             Command::Gateway(common) => {
-                let Some(config) = common.load(&[])? else { return Ok(()) };
-                runtime()?.block_on(services::gateway(config))
+                let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
+                runtime()?.block_on(services::gateway(config, loader))
             }
             Command::Store(args) => {
                 let data_dir = args.data_dir.map(|path| path.display().to_string());
                 let replace = args.replace.then(|| "true".to_owned());
                 let more = [("store.data_dir", data_dir), ("store.replace", replace)];
-                let Some(config) = args.common.load(&more)? else { return Ok(()) };
-                runtime()?.block_on(services::store(config))
+                let Some((config, loader)) = args.common.load(&more)? else { return Ok(()) };
+                runtime()?.block_on(services::store(config, loader))
             }
             Command::Invoker(args) => {
-                let Some(config) = args.common.load(&[("invoker.id", args.id)])? else { return Ok(()) };
+                let id = [("invoker.id", args.id)];
+                let Some((config, loader)) = args.common.load(&id)? else { return Ok(()) };
                 // One invoker is one thread: its CPU quota is measured on it.
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(services::invoker(config))
+                runtime.block_on(services::invoker(config, loader))
             }
             Command::Autoscaler(common) => {
-                let Some(config) = common.load(&[])? else { return Ok(()) };
-                runtime()?.block_on(services::autoscaler(config))
+                let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
+                runtime()?.block_on(services::autoscaler(config, loader))
             }
             Command::Job(command) => runtime()?.block_on(admin::job(command)),
             Command::Status(target) => runtime()?.block_on(admin::status(target)),

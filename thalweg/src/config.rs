@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thalweg_broker::{NatsConfig, StreamsConfig};
-use thalweg_telemetry::logs::LogFormat;
+use thalweg_telemetry::{config::Loader, logs::LogFormat};
 
 /// Everything that can be set. Environment: `THALWEG__SECTION__KEY`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -24,14 +24,35 @@ pub struct Config {
     pub autoscaler: Autoscaler,
     /// The embedded broker of `thalweg up`.
     pub embedded: Embedded,
-    /// Health and metrics.
+    /// Health, metrics, and the log filter.
     pub admin: Admin,
     /// Logs.
     pub log: Log,
 }
 
 impl Config {
-    /// Checks what no component can check by itself.
+    /// Reads and checks it, when the process starts and when it is told to read it again.
+    ///
+    /// # Errors
+    /// Naming the key, where it was set, and what would be accepted.
+    pub fn load(loader: &Loader) -> anyhow::Result<Self> {
+        let config: Self = loader.load()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// This configuration, with what may change while a process runs taken from `read`. This is the only list
+    /// of such settings; `docs/thalweg.toml` calls them reloadable, and a test compares the two.
+    #[must_use]
+    pub fn adopting(&self, read: &Self) -> Self {
+        let mut next = self.clone();
+        next.log.filter.clone_from(&read.log.filter);
+        next.gateway.window_budget_bytes = read.gateway.window_budget_bytes;
+        next.autoscaler.policy = read.autoscaler.policy.clone().keeping_fixed(&self.autoscaler.policy);
+        next
+    }
+
+    /// Checks what no component can check by itself, or not in time.
     ///
     /// # Errors
     /// Naming the key and what would be accepted.
@@ -42,7 +63,10 @@ impl Config {
             "streams.partitions = {}: 1 to {most}",
             self.streams.partitions
         );
-        Ok(())
+        // Each service checks its own settings when it starts; these may also come later, and then a mistake
+        // has to be found before anything is changed.
+        let policy = self.autoscaler.policy.validate();
+        policy.map_err(|error| anyhow::anyhow!("autoscaler.policy: {error}"))
     }
 }
 
@@ -97,11 +121,11 @@ impl Default for Embedded {
     }
 }
 
-/// Health and metrics.
+/// Health, metrics, and the log filter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Admin {
-    /// Address of /livez, /readyz and /metrics; port 0 takes a free one. Default 127.0.0.1:9600.
+    /// Address of /livez, /readyz, /metrics and /log; port 0 takes a free one. Default 127.0.0.1:9600.
     pub listen: SocketAddr,
 }
 

@@ -1,39 +1,58 @@
-//! What every service process has: signals, health, metrics, the admin port.
+//! What every service process has: signals, reloading, health, metrics, the admin port, word to systemd.
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use thalweg_broker::Report;
-use thalweg_telemetry::{admin, health::Health, metrics, shutdown};
+use thalweg_telemetry::{admin, config::Loader, health::Health, logs, metrics, shutdown, systemd};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    reload::{Live, Reload},
+};
 
 /// The scaffolding of one process.
 pub(crate) struct Host {
     pub(crate) health: Health,
     /// Cancelled by the first signal.
     pub(crate) shutdown: CancellationToken,
+    /// What may change while the process runs.
+    pub(crate) live: Live,
     /// Cancelled when everything else has ended, so that health can be watched while draining.
     ended: CancellationToken,
     admin: tokio::task::JoinHandle<std::io::Result<()>>,
+    systemd: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Host {
-    /// Opens the admin port and listens for signals. `components` are those that have to be ready.
-    pub(crate) async fn open(config: &Config, components: &[&str]) -> anyhow::Result<Self> {
+    /// Opens the admin port, listens for signals and tells systemd. `components` are those that have to be
+    /// ready; `sections` are those of the configuration that they read, beside what every process reads.
+    pub(crate) async fn open(
+        config: &Config,
+        loader: Loader,
+        components: &[&str],
+        sections: &'static [&'static str],
+    ) -> anyhow::Result<Self> {
         let shutdown = CancellationToken::new();
         shutdown::signals(shutdown.clone())?;
-        Self::open_without_signals(config, components, shutdown).await
+        // In place before anything is waited for: without a handler SIGHUP ends the process.
+        let live = Live::new(config);
+        Reload::new(loader, sections, config, live.clone()).at_hangups()?;
+        let mut host = Self::open_without_signals(config, components, live, shutdown).await?;
+        host.systemd = systemd::notify(host.health.clone(), host.shutdown.clone());
+        Ok(host)
     }
 
     pub(crate) async fn open_without_signals(
         config: &Config,
         components: &[&str],
+        live: Live,
         shutdown: CancellationToken,
     ) -> anyhow::Result<Self> {
         let handle = metrics::install()?;
+        crate::metrics::describe();
         thalweg_store::metrics::describe();
         thalweg_invoker::metrics::describe();
         thalweg_gateway::metrics::describe();
@@ -47,8 +66,9 @@ impl Host {
             .with_context(|| format!("admin port {}: choose another admin.listen", config.admin.listen))?;
         tracing::info!(address = %listener.local_addr()?, "health and metrics");
         let ended = CancellationToken::new();
-        let admin = tokio::spawn(admin::serve(listener, health.clone(), handle, ended.clone()));
-        Ok(Self { health, shutdown, ended, admin })
+        let serving = admin::serve(listener, health.clone(), handle, logs::installed(), ended.clone());
+        let admin = tokio::spawn(serving);
+        Ok(Self { health, shutdown, live, ended, admin, systemd: None })
     }
 
     /// A report that shows in the health of `component`.
@@ -60,8 +80,12 @@ impl Host {
         })
     }
 
-    /// Closes the admin port.
+    /// Closes the admin port. By now systemd has been told of the end, whatever brought it about.
     pub(crate) async fn close(self) {
+        self.shutdown.cancel();
+        if let Some(systemd) = self.systemd {
+            let _ = systemd.await;
+        }
         self.ended.cancel();
         let _ = self.admin.await;
     }

@@ -193,6 +193,8 @@ fn spawn(options: &Options) -> anyhow::Result<Child> {
     Command::new(&options.binary)
         .arg("--config")
         .arg(&path)
+        // It is not the one whose readiness systemd waits for.
+        .env_remove(thalweg_telemetry::systemd::SOCKET_VARIABLE)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -7,6 +7,7 @@ use thalweg_autoscaler::{Actuator, ExternalActuator, ProcessActuator};
 use thalweg_broker::{Connection, Registry, Report};
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::{LocalStore, OpenOptions, ShardStore, StoreClient};
+use thalweg_telemetry::config::Loader;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -23,12 +24,13 @@ async fn connect(config: &Config, name: &str, host: &Host) -> anyhow::Result<Opt
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn gateway(config: Config) -> anyhow::Result<()> {
-    let host = Host::open(&config, &["gateway"]).await?;
+pub async fn gateway(config: Config, loader: Loader) -> anyhow::Result<()> {
+    let sections = &["nats", "streams", "gateway", "admin", "log"];
+    let host = Host::open(&config, loader, &["gateway"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-gateway", &host).await? {
-        let report = host.report("gateway");
-        thalweg_gateway::run(config.gateway, config.streams, connection, report, host.shutdown.clone())
-            .await?;
+        let (report, budget) = (host.report("gateway"), host.live.window_budget());
+        let shutdown = host.shutdown.clone();
+        thalweg_gateway::run(config.gateway, budget, config.streams, connection, report, shutdown).await?;
     }
     host.close().await;
     Ok(())
@@ -47,8 +49,8 @@ pub(crate) async fn open_store(config: &thalweg_store::Config) -> anyhow::Result
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn store(config: Config) -> anyhow::Result<()> {
-    let host = Host::open(&config, &["store"]).await?;
+pub async fn store(config: Config, loader: Loader) -> anyhow::Result<()> {
+    let host = Host::open(&config, loader, &["store"], &["nats", "store", "admin", "log"]).await?;
     let local = open_store(&config.store).await?;
     if let Some(connection) = connect(&config, "thalweg-store", &host).await? {
         let report = host.report("store");
@@ -62,8 +64,8 @@ pub async fn store(config: Config) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn invoker(config: Config) -> anyhow::Result<()> {
-    let host = Host::open(&config, &["invoker"]).await?;
+pub async fn invoker(config: Config, loader: Loader) -> anyhow::Result<()> {
+    let host = Host::open(&config, loader, &["invoker"], &["nats", "invoker", "admin", "log"]).await?;
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
@@ -112,8 +114,10 @@ async fn find_store(
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn autoscaler(config: Config) -> anyhow::Result<()> {
-    let host = Host::open(&config, &["autoscaler"]).await?;
+pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
+    // Those of the invokers are handed to each that is started.
+    let sections = &["nats", "streams", "autoscaler", "invoker", "admin", "log"];
+    let host = Host::open(&config, loader, &["autoscaler"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
         let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
             config::Actuator::External => Box::new(ExternalActuator),
@@ -124,7 +128,7 @@ pub async fn autoscaler(config: Config) -> anyhow::Result<()> {
         };
         let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
         let report = host.report("autoscaler");
-        let policy = config.autoscaler.policy;
+        let policy = host.live.policy();
         let shutdown = host.shutdown.clone();
         thalweg_autoscaler::run(policy, config.streams, connection, actuator, report, status, shutdown)
             .await?;

@@ -6,13 +6,16 @@ use anyhow::Context as _;
 use thalweg_autoscaler::{Actuator, ExternalActuator, InProcessActuator, Status};
 use thalweg_broker::{Connection, NatsConfig, no_report};
 use thalweg_store::{LocalStore, ShardStore};
+use thalweg_telemetry::{config::Loader, systemd};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{self, Config},
     host::Host,
-    nats, services,
+    nats,
+    reload::{Live, Reload},
+    services,
 };
 
 /// How often the broker is looked after.
@@ -22,15 +25,24 @@ const WATCH_BROKER: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn main(config: Config) -> anyhow::Result<()> {
+pub async fn main(config: Config, loader: Loader) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     thalweg_telemetry::shutdown::signals(shutdown.clone())?;
-    let embedded = Service::start(config).await?;
+    let live = Live::new(&config);
+    // All but [nats]: its address is that of the embedded one.
+    let sections = &["streams", "gateway", "store", "invoker", "autoscaler", "embedded", "admin", "log"];
+    Reload::new(loader, sections, &config, live.clone()).at_hangups()?;
+    let embedded = Service::start_with(config, live).await?;
+    let systemd = systemd::notify(embedded.host.health.clone(), shutdown.clone());
     tracing::info!(url = embedded.url(), "thalweg is up; stop it with Ctrl-C");
     let ended = tokio::select! {
         () = shutdown.cancelled() => None,
         why = embedded.ended() => Some(why),
     };
+    shutdown.cancel();
+    if let Some(systemd) = systemd {
+        systemd.await?;
+    }
     embedded.stop().await?;
     ended.map_or(Ok(()), Err)
 }
@@ -53,10 +65,15 @@ impl Service {
     ///
     /// # Errors
     /// What waiting cannot cure: no nats-server, a data directory in use, a port that is taken.
-    pub async fn start(mut config: Config) -> anyhow::Result<Self> {
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let live = Live::new(&config);
+        Self::start_with(config, live).await
+    }
+
+    async fn start_with(mut config: Config, live: Live) -> anyhow::Result<Self> {
         let rest = CancellationToken::new();
         let components = ["gateway", "store", "autoscaler"];
-        let host = Host::open_without_signals(&config, &components, rest.clone()).await?;
+        let host = Host::open_without_signals(&config, &components, live, rest.clone()).await?;
         let local = services::open_store(&config.store).await?;
         let embedded = config.embedded.clone();
         config.gateway.nats_syncs_always |= embedded.sync_always;
@@ -85,8 +102,9 @@ impl Service {
         let gateway = {
             let (streams, report, token) = (config.streams.clone(), host.report("gateway"), rest.clone());
             let (config, connection) = (config.gateway.clone(), connection.clone());
+            let budget = host.live.window_budget();
             supervise("gateway", failure.clone(), async move {
-                Ok(thalweg_gateway::run(config, streams, connection, report, token).await?)
+                Ok(thalweg_gateway::run(config, budget, streams, connection, report, token).await?)
             })
         };
         let (status_sender, status) = watch::channel(Status::default());
@@ -94,7 +112,7 @@ impl Service {
         let autoscaler = {
             let actuator = actuator(&config, local)?;
             let (streams, report) = (config.streams.clone(), host.report("autoscaler"));
-            let (policy, token) = (config.autoscaler.policy.clone(), autoscaler_token.clone());
+            let (policy, token) = (host.live.policy(), autoscaler_token.clone());
             supervise("autoscaler", failure, async move {
                 Ok(thalweg_autoscaler::run(
                     policy,
