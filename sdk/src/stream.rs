@@ -92,7 +92,7 @@ impl Client {
     pub async fn events(
         &self,
         options: EventsOptions,
-    ) -> Result<impl Stream<Item = Result<Event, Error>> + Unpin, Error> {
+    ) -> Result<impl Stream<Item = Result<Event, Error>> + Unpin + use<>, Error> {
         let filter = match &options.job {
             Some(key) => subjects::event(key.tenant.as_str(), key.job.as_str()),
             None => subjects::EVENT_SUBJECTS.to_owned(),

@@ -167,8 +167,8 @@ async fn a_snapshot_taken_in_full_run_is_one_round_and_goes_on_with_the_same_bit
     .await;
     let mut told = Vec::new();
     let options = SnapshotOptions::default();
-    let snapshot =
-        service.client.snapshot(&key("taken"), &file, &options, |done, all| told.push((done, all)));
+    let name = key("taken");
+    let snapshot = service.client.snapshot(&name, &file, &options, |done, all| told.push((done, all)));
     let taken = snapshot.await.expect("a snapshot");
     assert!(!running.iter().all(tokio::task::JoinHandle::is_finished), "it was taken after the fact");
     assert!(taken.version >= 20 && taken.version < 150, "{taken:?}");

@@ -3,7 +3,6 @@
 use thalweg_protocol::{Durability, ErrorCode, Incarnation, Init, StoreJob, limits};
 
 use super::{Subject, advance, bytes, created, done, fetch, head, job, refused, round};
-use crate::ShardStore as _;
 
 /// Uploads with optimizer slots, and first versions other than 0.
 ///
