@@ -284,7 +284,14 @@ impl Jobs {
                 }
                 known => {
                     let mut record = self.describe(spec, slots).await?;
-                    let replaces = known.map(|known| known.incarnation);
+                    let replaces = match known {
+                        Some(known) if known.state == JobState::Creating => {
+                            // An attempt that got nowhere: what it was to replace is still there.
+                            self.store(&known).delete(known.incarnation).await.map_err(store_error)?;
+                            known.life.origin.and_then(|origin| origin.replaces)
+                        }
+                        known => known.map(|known| known.incarnation),
+                    };
                     record.life.origin = Some(Origin { replaces, ..origin.clone() });
                     record.settings[0].function = begins_with.clone();
                     match self.registry.put(&job_key(key), &record, revision).await.map_err(unavailable)? {

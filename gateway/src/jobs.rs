@@ -142,10 +142,17 @@ impl Jobs {
     ) -> Result<bool, WireError> {
         let key = record.spec.key.clone();
         let store = self.store(&record);
+        if let Err(error) = store.create(record.store_job()).await {
+            if error.code() == ErrorCode::StorageFull && record.life.origin.is_none() {
+                // Nothing of it is there, so that nothing has to remember it.
+                let _ = self.registry.delete(&job_key(&key), revision).await;
+            }
+            return Err(store_error(error));
+        }
+        // Only now: where there is no room for both lives, the one that is there stays.
         if let Some(replaced) = record.life.origin.as_ref().and_then(|origin| origin.replaces) {
             store.delete(replaced).await.map_err(store_error)?;
         }
-        store.create(record.store_job()).await.map_err(store_error)?;
         let (roster, revision_of_roster) =
             self.registry.get::<Roster>(&roster_key(&key)).await.map_err(unavailable)?;
         if roster.is_none_or(|roster| roster.job != record.incarnation) {

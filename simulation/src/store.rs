@@ -189,6 +189,7 @@ impl Host {
             disk: Arc::new(FusedDisk(self.disk.clone(), self.fuse.clone())),
             index: Arc::new(FusedIndex(self.index.clone(), self.fuse.clone())),
             flush: FlushMode::Manual,
+            reserve_bytes: 0,
             boot: self.boot.to_string(),
         });
         match opened {

@@ -30,6 +30,13 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of the file system; the caller must stop, since what was lost is unknown.
     fn sync_names(&self) -> io::Result<()>;
+    /// Bytes that can still be written.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn free(&self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
 }
 
 /// One open file.
@@ -49,6 +56,14 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of the file system; the caller must stop, since the kernel may call lost pages clean.
     fn sync(&self) -> io::Result<()>;
+    /// Takes the room for the first `len` bytes, so that writing them never finds the disk full. The file's length
+    /// stays what it is. File systems that cannot do so are no error.
+    ///
+    /// # Errors
+    /// Those of the file system, of kind `StorageFull` when there is not enough.
+    fn reserve(&self, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Length in bytes.
     ///
     /// # Errors
@@ -106,6 +121,11 @@ impl Disk for Directory {
     fn sync_names(&self) -> io::Result<()> {
         fs::File::open(&self.0)?.sync_all()
     }
+
+    fn free(&self) -> io::Result<u64> {
+        let usage = rustix::fs::statvfs(&self.0)?;
+        Ok(usage.f_bavail.saturating_mul(usage.f_frsize))
+    }
 }
 
 #[derive(Debug)]
@@ -134,6 +154,14 @@ impl DiskFile for RealFile {
 
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        use rustix::{fs::FallocateFlags, io::Errno};
+        match rustix::fs::fallocate(&self.0, FallocateFlags::KEEP_SIZE, 0, len) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -167,6 +195,8 @@ mod forgetful {
         /// Files that existed at the last `sync_names`.
         named: Mutex<Vec<String>>,
         faults: Arc<Faults>,
+        /// Bytes that may still be reserved, if that is limited.
+        room: Mutex<Option<u64>>,
     }
 
     #[derive(Debug, Default)]
@@ -213,6 +243,11 @@ mod forgetful {
         /// writes them.
         pub fn fail_sync(&self, nth: u32) {
             self.faults.fail_sync.store(nth, Ordering::SeqCst);
+        }
+
+        /// From now on only so many bytes are free.
+        pub fn limit(&self, bytes: u64) {
+            *lock(&self.room) = Some(bytes);
         }
 
         /// Cuts the power: every un-synced write is kept, lost, or torn at a 512-byte sector.
@@ -273,6 +308,10 @@ mod forgetful {
                 *lock(&self.named) = self.list()?;
             }
             Ok(())
+        }
+
+        fn free(&self) -> io::Result<u64> {
+            Ok(lock(&self.room).unwrap_or(u64::MAX))
         }
     }
 

@@ -36,6 +36,8 @@ pub struct OpenOptions {
     pub index: Arc<dyn Index>,
     /// When flush cycles run.
     pub flush: FlushMode,
+    /// Bytes of the disk that are left free for everything else on it: a job that would need them is refused.
+    pub reserve_bytes: u64,
     /// Boot id of the machine: another one than at the last opening, without a close in between, means
     /// that the power may have failed.
     pub boot: String,
@@ -51,6 +53,7 @@ impl OpenOptions {
             disk: Arc::new(Directory::create(path)?),
             index: Arc::new(SledIndex::open(&path.join("index"))?),
             flush: FlushMode::Every(flush),
+            reserve_bytes: 0,
             // Where there is no such file, every boot looks the same and a power loss goes unnoticed here;
             // workers still notice it by the state they build on.
             boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -78,6 +81,8 @@ struct Inner {
     boot: String,
     /// Everything is done on the caller's thread.
     inline: bool,
+    /// Bytes of the disk that are left free.
+    reserve_bytes: u64,
     /// False once closed. Held for reading by every call, so that none slips past the last cycle.
     open: RwLock<bool>,
 }
@@ -95,7 +100,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the file system, with a kind of `ResourceBusy` when another process has the directory.
     pub fn open(options: OpenOptions) -> io::Result<Self> {
-        let OpenOptions { disk, index, flush, boot } = options;
+        let OpenOptions { disk, index, flush, reserve_bytes, boot } = options;
         let id = identity(&*disk)?;
         let known = index.load()?;
         let power_lost = known.opened.as_ref().is_some_and(|(last, clean)| *last != boot && !clean);
@@ -145,7 +150,8 @@ impl LocalStore {
         };
         let flush_thread = Mutex::new(flush_thread);
         let open = RwLock::new(true);
-        let inner = Inner { id, disk, index, slabs, flusher, flush_thread, boot, inline, open };
+        let inner =
+            Inner { id, disk, index, slabs, flusher, flush_thread, boot, inline, open, reserve_bytes };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -161,6 +167,14 @@ impl LocalStore {
     /// When a sync fails; the process must then stop, since what was lost is unknown.
     pub fn flush(&self) -> Result<(), StoreError> {
         self.inner.flusher.cycle(false)
+    }
+
+    /// Bytes that can still be written to the disk, and how many of them are to stay free.
+    ///
+    /// # Errors
+    /// When the file system does not tell.
+    pub fn room(&self) -> io::Result<(u64, u64)> {
+        Ok((self.inner.disk.free()?, self.inner.reserve_bytes))
     }
 
     /// Whether a sync has failed: the process must stop.
@@ -263,17 +277,37 @@ impl Inner {
                 Err(StoreError::refused(ErrorCode::SpecMismatch, text))
             };
         }
+        let need = Slab::bytes_of(&job);
+        self.check_room(&job, need)?;
+        let name = slab_name(job.incarnation);
         let created: io::Result<Slab> = (|| {
-            let name = slab_name(job.incarnation);
             self.disk.remove(&name)?;
-            let slab = Slab::create(self.disk.open(&name)?, job.clone(), self.flusher.signals.clone())?;
+            let file = self.disk.open(&name)?;
+            file.reserve(need)?;
+            let slab = Slab::create(file, job.clone(), self.flusher.signals.clone())?;
             self.flusher.signals.synced(slab.file.sync())?;
             self.flusher.signals.synced(self.disk.sync_names())?;
             self.index.apply(&[Change::Job(Box::new(job.clone()))])?;
             Ok(slab)
         })();
-        let slab = created.map_err(|error| broken(&error))?;
+        let slab = match created {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                // Others may have taken the room since it was looked for.
+                self.disk.remove(&name).map_err(|error| broken(&error))?;
+                return Err(rules::storage_full(&job, need, self.disk.free().unwrap_or(0)));
+            }
+            created => created.map_err(|error| broken(&error))?,
+        };
         slabs.insert(job.incarnation, Arc::new(slab));
+        Ok(())
+    }
+
+    /// Refuses what would leave too little of the disk.
+    fn check_room(&self, job: &StoreJob, need: u64) -> Result<(), StoreError> {
+        let free = self.disk.free().map_err(|error| broken(&error))?;
+        if free < need.saturating_add(self.reserve_bytes) {
+            return Err(rules::storage_full(job, need.saturating_add(self.reserve_bytes), free));
+        }
         Ok(())
     }
 
@@ -388,7 +422,13 @@ impl ShardStore for LocalStore {
     }
 
     async fn hold(&self, job: Incarnation, hold: Incarnation) -> Result<(Version, bool), StoreError> {
-        self.blocking(move |inner| inner.any_slab(job)?.hold(hold)).await
+        self.blocking(move |inner| {
+            let slab = inner.any_slab(job)?;
+            // It may make the file grow by one slot a shard.
+            inner.check_room(&slab.job, slab.hold_bytes())?;
+            slab.hold(hold)
+        })
+        .await
     }
 
     async fn fetch_held(

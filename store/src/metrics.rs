@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use metrics::{counter, describe_counter, describe_histogram, histogram};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use thalweg_protocol::CommitOutcome;
 
 const COMMITS: &str = "thalweg_store_commits_total";
@@ -11,6 +11,7 @@ const REFUSALS: &str = "thalweg_store_refusals_total";
 const TORN: &str = "thalweg_store_torn_slots_total";
 const FLUSHES: &str = "thalweg_store_flush_seconds";
 const SLOT_WAITS: &str = "thalweg_store_slot_waits_total";
+const FREE: &str = "thalweg_store_disk_free_bytes";
 
 /// Describes the metrics; call once a recorder is installed.
 pub fn describe() {
@@ -19,7 +20,12 @@ pub fn describe() {
     describe_counter!(REFUSALS, "Requests refused, by code");
     describe_counter!(TORN, "Slots found torn and set aside");
     describe_histogram!(FLUSHES, "Duration of flush cycles that had something to flush");
+    describe_gauge!(FREE, "Bytes of the disk that can still be written");
     describe_counter!(SLOT_WAITS, "Commits that had to wait for a flush cycle to free a slot");
+}
+
+pub(crate) fn free(bytes: u64) {
+    gauge!(FREE).set(bytes as f64);
 }
 
 pub(crate) fn committed(outcome: &CommitOutcome, bytes: usize) {

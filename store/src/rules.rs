@@ -80,6 +80,19 @@ pub(crate) fn not_ready(job: &StoreJob) -> StoreError {
     )
 }
 
+/// The refusal for a job, or a snapshot, that the disk has no room for.
+pub(crate) fn storage_full(job: &StoreJob, need: u64, free: u64) -> StoreError {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let text = format!(
+        "job {} needs {} MiB of the store's disk (with what is left free, store.reserve_bytes), {} MiB are free: \
+         delete jobs that are over (thalweg job ls, rm), or give the store a larger disk",
+        job.key,
+        mib(need),
+        mib(free)
+    );
+    StoreError::refused(ErrorCode::StorageFull, text)
+}
+
 /// The refusal for a hold that is not there any more.
 pub(crate) fn unknown_hold(job: &StoreJob) -> StoreError {
     let text = format!(

@@ -13,7 +13,7 @@ use thalweg_protocol::{
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{LocalStore, ShardStore, StoreError, direct};
+use crate::{LocalStore, ShardStore, StoreError, direct, metrics};
 
 /// Settings of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct Config {
     /// Take over from another data directory that the registry names. The jobs in that one are
     /// unreachable afterwards, so this is never done by itself. Default false.
     pub replace: bool,
+    /// Bytes of the disk that are left free: a job or snapshot that would need them is refused with
+    /// `storage_full`. Default 256 MiB.
+    pub reserve_bytes: u64,
     /// Requests worked on at once. Default 64.
     pub max_requests: usize,
 }
@@ -36,6 +39,7 @@ impl Default for Config {
             data_dir: PathBuf::from("thalweg-data"),
             flush_interval_ms: 500,
             replace: false,
+            reserve_bytes: 256 << 20,
             max_requests: 64,
         }
     }
@@ -127,6 +131,8 @@ pub async fn run(
     report(None);
     tracing::info!(id = %store.id(), "store serves");
     let mut health = tokio::time::interval(Duration::from_millis(250));
+    let mut room = tokio::time::interval(ROOM_INTERVAL);
+    let mut scarce = false;
     loop {
         let message = tokio::select! {
             message = requests.next() => message,
@@ -134,6 +140,10 @@ pub async fn run(
                 if store.has_failed() {
                     return Err(StoreError::Unavailable("the store's disk failed; see the log".to_owned()));
                 }
+                continue;
+            }
+            _ = room.tick() => {
+                look_for_room(&store, &mut scarce);
                 continue;
             }
             () = shutdown.cancelled() => None,
@@ -157,6 +167,23 @@ pub async fn run(
     let closing = store.clone();
     let closed = tokio::task::spawn_blocking(move || closing.close()).await;
     closed.unwrap_or_else(|error| Err(StoreError::Unavailable(error.to_string())))
+}
+
+/// How often the room on the disk is looked at.
+const ROOM_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Tells how much of the disk is free, and warns once when it becomes too little.
+fn look_for_room(store: &LocalStore, scarce: &mut bool) {
+    let Ok((free, reserve)) = store.room() else { return };
+    metrics::free(free);
+    if free < reserve && !*scarce {
+        tracing::warn!(
+            free,
+            reserve,
+            "the disk is nearly full: no more jobs or snapshots until there is room (store.reserve_bytes)"
+        );
+    }
+    *scarce = free < reserve;
 }
 
 /// Answers one request: a frame for a frame.

@@ -73,6 +73,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An input or output error: the store can no longer vouch for this file.
 pub(crate) fn broken(error: &io::Error) -> StoreError {
+    if error.kind() == io::ErrorKind::StorageFull {
+        // Nothing is broken: the same again succeeds once there is room.
+        tracing::warn!("the store's disk is full");
+        return StoreError::Unavailable("the store's disk is full: make room, and it goes on".to_owned());
+    }
     tracing::error!(%error, "slab input or output failed");
     StoreError::refused(ErrorCode::Internal, format!("the store's disk failed: {error}; see the store's log"))
 }
@@ -81,6 +86,17 @@ impl Slab {
     fn parts(job: &StoreJob) -> (u32, u32) {
         let shards = job.layout.shards();
         (shards, (shards / 10).max(4))
+    }
+
+    /// Bytes of a job's file.
+    pub(crate) fn bytes_of(job: &StoreJob) -> u64 {
+        let (shards, spares) = Self::parts(job);
+        SUPERBLOCKS + (3 * u64::from(shards) + u64::from(spares)) * SlotGeometry::of(job).slot
+    }
+
+    /// Bytes by which a hold may make the file grow.
+    pub(crate) fn hold_bytes(&self) -> u64 {
+        u64::from(self.job.layout.shards()) * self.geometry.slot
     }
 
     /// Creates a slab in an empty file. The caller syncs file and directory.

@@ -24,6 +24,7 @@ async fn local_on_a_disk_in_memory() {
         disk: Arc::new(ForgetfulDisk::default()),
         index: Arc::new(MemoryIndex::default()),
         flush: FlushMode::Every(FLUSH),
+        reserve_bytes: 0,
         boot: "boot".to_owned(),
     };
     let local = LocalStore::open(options).unwrap();

@@ -284,3 +284,55 @@ fn more_commits_than_slots_wait_for_the_cycle() {
         history.check(&(Arc::new(store) as Subject)).await.unwrap();
     });
 }
+
+/// A disk on which only so much is free refuses what does not fit, before anything is written, and serves the rest.
+#[tokio::test]
+async fn a_full_disk_refuses_jobs_and_snapshots_and_nothing_else() {
+    use thalweg_store::{MemoryIndex, disk::ForgetfulDisk};
+    let disk = Arc::new(ForgetfulDisk::default());
+    let options = OpenOptions {
+        disk: disk.clone(),
+        index: Arc::new(MemoryIndex::default()),
+        flush: FlushMode::Manual,
+        reserve_bytes: 1 << 20,
+        boot: String::new(),
+    };
+    let store = LocalStore::open(options).unwrap();
+    let subject: Subject = Arc::new(store.clone());
+    let fits = conformance::job(Durability::Process, Init::Zeros);
+    store.create(fits.clone()).await.unwrap();
+    disk.limit((1 << 20) + 4096);
+    let late = conformance::job(Durability::Process, Init::Zeros);
+    let error = store.create(late.clone()).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::StorageFull);
+    assert!(error.to_string().contains("delete jobs"), "{error}");
+    let error = store.commit(
+        conformance::round(&late, 0, thalweg_protocol::Head::initial([0; 16], 0, 0), 1).0,
+        vec![].into(),
+    );
+    assert_eq!(error.await.unwrap_err().code(), ErrorCode::Gone, "nothing of it is there");
+    let error = store.hold(fits.incarnation, Incarnation::random()).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::StorageFull);
+    for shard in 0..3 {
+        conformance::advance(&subject, &fits, shard, 1).await;
+    }
+    disk.limit(1 << 30);
+    store.create(late).await.unwrap();
+}
+
+/// The real file system takes the room of a job when it is created: its commits cannot find the disk full.
+#[tokio::test]
+async fn a_job_has_its_room_from_the_beginning() {
+    let directory = tempfile::tempdir().unwrap();
+    let store =
+        LocalStore::open(OpenOptions::directory(directory.path(), Duration::from_millis(50)).unwrap())
+            .unwrap();
+    let job = conformance::job(Durability::Process, Init::Zeros);
+    store.create(job.clone()).await.unwrap();
+    let file = directory.path().join(format!("{}.slab", job.incarnation));
+    let metadata = std::fs::metadata(file).unwrap();
+    // 13 slots of two pages, and two superblocks of two; the length is that of what was written.
+    assert!(metadata.blocks() * 512 >= 13 * 8192 + 16_384, "{} blocks", metadata.blocks());
+    assert!(metadata.len() <= 16_384, "{} bytes", metadata.len());
+    store.close().unwrap();
+}

@@ -38,11 +38,14 @@ pub async fn gateway(config: Config, loader: Loader) -> anyhow::Result<()> {
 
 /// Opens the data directory off the async threads.
 pub(crate) async fn open_store(config: &thalweg_store::Config) -> anyhow::Result<LocalStore> {
-    let (path, flush) = (config.data_dir.clone(), config.flush_interval());
+    let (path, flush, reserve_bytes) =
+        (config.data_dir.clone(), config.flush_interval(), config.reserve_bytes);
     let shown = path.clone();
-    tokio::task::spawn_blocking(move || LocalStore::open(OpenOptions::directory(&path, flush)?))
-        .await?
-        .with_context(|| format!("opening the store in {}", shown.display()))
+    tokio::task::spawn_blocking(move || {
+        LocalStore::open(OpenOptions { reserve_bytes, ..OpenOptions::directory(&path, flush)? })
+    })
+    .await?
+    .with_context(|| format!("opening the store in {}", shown.display()))
 }
 
 /// `thalweg store`.

@@ -76,6 +76,9 @@ impl Disk for FusedDisk {
         self.1.burn()?;
         self.0.sync_names()
     }
+    fn free(&self) -> io::Result<u64> {
+        self.0.free()
+    }
 }
 
 impl DiskFile for FusedFile {
@@ -210,6 +213,7 @@ impl Machine {
                 ignore_syncs: self.ignore_index_syncs.clone(),
             }),
             flush: FlushMode::Manual,
+            reserve_bytes: 0,
             boot: format!("boot-{}", self.boots),
         })
     }
