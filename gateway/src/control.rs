@@ -47,7 +47,7 @@ pub(crate) fn apply(record: &mut JobRecord, command: &JobCommand) -> Result<bool
 }
 
 /// Adds the settings that `change` asks for, from `from_round` on, and forgets revisions that no round can ask for
-/// any more: those before the one in force at version `min`.
+/// any more: those before the one in force at version `min`, of those that the roster vouches for.
 ///
 /// # Errors
 /// `invalid_spec` when the function refuses them, or would need other optimizer slots; `limit`.
@@ -55,7 +55,7 @@ pub(crate) fn revise(
     record: &mut JobRecord,
     change: &SettingsChange,
     from_round: u64,
-    min: Version,
+    (min, vouched): (Version, u32),
 ) -> Result<SettingsRevision, WireError> {
     let invalid = |text: String| WireError::new(ErrorCode::InvalidSpec, text);
     let Some(last) = record.settings.last() else {
@@ -89,7 +89,8 @@ pub(crate) fn revise(
         return Err(invalid(text));
     }
     let revision = SettingsRevision { revision: last.revision + 1, from_round, function };
-    let in_force = record.settings.partition_point(|revision| revision.from_round <= min + 1);
+    let used = |known: &SettingsRevision| known.from_round <= min + 1 && known.revision <= vouched;
+    let in_force = record.settings.partition_point(used);
     let over = in_force.saturating_sub(1);
     let kept = record.settings.len() - over;
     if kept >= limits::MAX_REVISIONS {
@@ -193,7 +194,7 @@ impl Jobs {
             }
             let last = record.settings.last().map_or(0, |last| last.from_round);
             let from_round = change.from_round.unwrap_or(first.max(last));
-            let added = revise(&mut record, change, from_round, versions.min)?;
+            let added = revise(&mut record, change, from_round, (versions.min, roster.revision))?;
             self.check_size(&record)?;
             if self.registry.put(&job_key(key), &record, revision).await.map_err(unavailable)?.is_err() {
                 continue;
@@ -204,9 +205,10 @@ impl Jobs {
         Err(busy("the job"))
     }
 
-    /// Makes sure that no round from the newest settings' first one on is closed by an invoker that does not know
-    /// them: the roster vouches for them, and the store refuses older rosters (as for a joining worker, rule P4).
-    /// Who dies before this is followed by the leading gateway. Returns `revision` as it stands in the end.
+    /// Puts the newest settings in force. Invokers use only settings that the roster vouches for; before it does so,
+    /// the store is told to refuse the rounds from the first one with them on by any older roster (as for a joining
+    /// worker, rule P4). So no such round is folded without them, and none before with them. Between the two steps
+    /// those rounds wait; who dies there is followed by the leading gateway. Returns `revision` as it stands in the end.
     pub(crate) async fn fence_settings(
         &self,
         key: &JobKey,
@@ -214,32 +216,30 @@ impl Jobs {
         revision: u32,
     ) -> Result<SettingsRevision, WireError> {
         for _ in 0..MAX_CONFLICTS {
-            let (mut record, at) = self.record(key).await?;
             let (roster, roster_at) =
                 self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
+            let (mut record, at) = self.record(key).await?;
             let roster = roster.filter(|roster| roster.job == job && record.incarnation == job);
             let Some(mut roster) = roster else { return Err(unknown(key)) };
             let Some(newest) = record.settings.last().cloned() else { return Err(unknown(key)) };
-            if roster.revision < newest.revision {
-                roster.revision = newest.revision;
-                roster.epoch += 1;
-                if !self.put_roster(key, &roster, roster_at).await? {
-                    continue;
-                }
-            }
-            let store = self.store(&record);
-            let first = record.settings.iter().filter(|known| known.revision >= revision);
-            let first = first.map(|known| known.from_round).min().unwrap_or(newest.from_round);
-            let max = store.fence(job, roster.epoch, first).await.map_err(store_error)?;
-            if max < first {
+            let vouched = roster.revision;
+            let waiting = |known: &&SettingsRevision| known.revision > vouched;
+            let Some(first) = record.settings.iter().find(waiting).map(|first| first.from_round) else {
                 let found = record.settings.iter().find(|known| known.revision == revision);
                 return Ok(found.cloned().unwrap_or(newest));
+            };
+            roster.epoch += 1;
+            let max = self.store(&record).fence(job, roster.epoch, first).await.map_err(store_error)?;
+            if max < first {
+                roster.revision = newest.revision;
+                // A conflict may have passed the fence with another roster: all is looked at again.
+                self.put_roster(key, &roster, roster_at).await?;
+                continue;
             }
-            // That round has closed somewhere, perhaps with the settings before: begin later.
-            for known in record.settings.iter_mut().filter(|known| known.revision >= revision) {
+            // That round has closed somewhere, with the settings before: begin later.
+            for known in record.settings.iter_mut().filter(|known| known.revision > vouched) {
                 known.from_round = known.from_round.max(max + 2);
             }
-            // A conflict is read again; so is a success, for its fence.
             let _ = self.registry.put(&job_key(key), &record, at).await.map_err(unavailable)?;
         }
         Err(busy("the job's rounds"))
@@ -251,6 +251,7 @@ impl Jobs {
         spec: &JobSpec,
         function: Option<FunctionSpec>,
         origin: &Origin,
+        replaces: Option<Incarnation>,
     ) -> Result<(JobRecord, Roster), WireError> {
         spec.validate()?;
         let resolve = |function: &FunctionSpec| {
@@ -263,7 +264,7 @@ impl Jobs {
             let text = "the settings it begins with need other optimizer slots than those of its description";
             return Err(WireError::new(ErrorCode::InvalidSpec, text));
         }
-        let (upload, replaces) = (origin.upload, origin.replaces);
+        let upload = origin.upload;
         let key = &spec.key;
         for _ in 0..MAX_CONFLICTS {
             let (known, revision) =
@@ -288,11 +289,12 @@ impl Jobs {
                         Some(known) if known.state == JobState::Creating => {
                             // An attempt that got nowhere: what it was to replace is still there.
                             self.store(&known).delete(known.incarnation).await.map_err(store_error)?;
-                            known.life.origin.and_then(|origin| origin.replaces)
+                            known.life.replaces
                         }
-                        known => known.map(|known| known.incarnation),
+                        known => known.map(|known| known.incarnation).into_iter().collect(),
                     };
-                    record.life.origin = Some(Origin { replaces, ..origin.clone() });
+                    record.life.origin = Some(origin.clone());
+                    record.life.replaces = replaces;
                     record.settings[0].function = begins_with.clone();
                     match self.registry.put(&job_key(key), &record, revision).await.map_err(unavailable)? {
                         Ok(revision) => (record, revision),
@@ -329,9 +331,9 @@ impl Jobs {
         let key = &record.spec.key;
         let store = self.store(record);
         store.delete(record.incarnation).await.map_err(store_error)?;
-        if let Some(replaced) = record.life.origin.as_ref().and_then(|origin| origin.replaces) {
+        for replaced in &record.life.replaces {
             // A restore that was cut short may not have come to it.
-            store.delete(replaced).await.map_err(store_error)?;
+            store.delete(*replaced).await.map_err(store_error)?;
         }
         loop {
             let (roster, revision) =

@@ -9,7 +9,7 @@ use thalweg_broker::Queues;
 use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobState, Name, Partition, WireError, subjects};
 
 use crate::{
-    metrics,
+    metrics, recovery,
     service::{Gateway, describe},
     windows::Windows,
 };
@@ -44,6 +44,9 @@ impl Gateway {
 
     async fn read_rosters(&self) -> Result<(), WireError> {
         for record in &self.jobs.list().await? {
+            if recovery::is_due(record) {
+                self.shared().recovering.insert(record.spec.key.clone());
+            }
             if record.state == JobState::Deleting {
                 let now = (self.clock)();
                 self.shared().deleting.entry(record.spec.key.clone()).or_insert(now);
@@ -149,6 +152,10 @@ impl Gateway {
                 Err(error) => tracing::info!(job, rank, %error, "worker not expired yet"),
             }
         }
+        let recovering: Vec<_> = self.shared().recovering.iter().cloned().collect();
+        for key in recovering {
+            self.recover(key).await;
+        }
         for key in unfinished {
             self.finish_deletion(key).await;
         }
@@ -171,6 +178,17 @@ impl Gateway {
         }
         if has_gone && let Ok(depths) = queues.depths(partitions).await {
             self.shared().windows.settle(&depths);
+        }
+    }
+
+    /// Gives a job that has lost rounds a new life, where its policy says so.
+    async fn recover(&self, key: JobKey) {
+        match self.jobs.recover(&key).await {
+            Ok(()) => {
+                self.shared().recovering.remove(&key);
+                self.read_job(key).await;
+            }
+            Err(error) => tracing::warn!(%error, %key, "job not recovered yet"),
         }
     }
 

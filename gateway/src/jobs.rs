@@ -143,20 +143,29 @@ impl Jobs {
         let key = record.spec.key.clone();
         let store = self.store(&record);
         if let Err(error) = store.create(record.store_job()).await {
+            if error.code() == ErrorCode::Diverged {
+                return self.make_anew(&record, revision).await;
+            }
             if error.code() == ErrorCode::StorageFull && record.life.origin.is_none() {
                 // Nothing of it is there, so that nothing has to remember it.
                 let _ = self.registry.delete(&job_key(&key), revision).await;
             }
             return Err(store_error(error));
         }
-        // Only now: where there is no room for both lives, the one that is there stays.
-        if let Some(replaced) = record.life.origin.as_ref().and_then(|origin| origin.replaces) {
-            store.delete(replaced).await.map_err(store_error)?;
+        if record.life.origin.is_none() {
+            for replaced in &record.life.replaces {
+                store.delete(*replaced).await.map_err(store_error)?;
+            }
         }
         let (roster, revision_of_roster) =
             self.registry.get::<Roster>(&roster_key(&key)).await.map_err(unavailable)?;
         if roster.is_none_or(|roster| roster.job != record.incarnation) {
-            let roster = Roster::new(record.incarnation);
+            // What was in force before this life is in force from its beginning.
+            let revision = record.settings.last().map_or(0, |last| last.revision);
+            // Who was in a job that has lost rounds comes back when it can, and perhaps not everybody.
+            let recovered = !record.life.replaces.is_empty()
+                && record.life.origin.as_ref().is_none_or(|origin| origin.rolled_back);
+            let roster = Roster { revision, started: recovered, ..Roster::new(record.incarnation) };
             // A conflict means that somebody else is at it; the record tells who has finished.
             self.put_roster(&key, &roster, revision_of_roster).await?;
         }
@@ -179,6 +188,17 @@ impl Jobs {
             store.delete(record.incarnation).await.map_err(store_error)?;
         }
         Ok(false)
+    }
+
+    /// A life that was lost with the power before anybody could use it is made anew, as another one, so that whoever
+    /// still holds the record of this one cannot touch what is used by then. `false`: the record has changed.
+    pub(crate) async fn make_anew(&self, record: &JobRecord, revision: u64) -> Result<bool, WireError> {
+        let mut next =
+            JobRecord { incarnation: (self.incarnations)(), state: JobState::Creating, ..record.clone() };
+        next.life.replaces.push(record.incarnation);
+        tracing::warn!(job = %record.spec.key, "a job was lost with the power while it was made: making it anew");
+        let put = self.registry.put(&job_key(&record.spec.key), &next, revision).await;
+        put.map_err(unavailable)?.map_or(Ok(false), |_| Ok(false))
     }
 
     pub(crate) async fn describe(&self, spec: &JobSpec, slots: u32) -> Result<JobRecord, WireError> {
@@ -249,6 +269,10 @@ impl Jobs {
             self.store(&record).activate(job, upload).await.map_err(store_error)?;
             if record.state != JobState::Initialising {
                 return Ok(());
+            }
+            // Only now: until this life has its own bytes, those of the one before are the only ones.
+            for replaced in std::mem::take(&mut record.life.replaces) {
+                self.store(&record).delete(replaced).await.map_err(store_error)?;
             }
             record.state = JobState::Running;
             if self.registry.put(&job_key(key), &record, revision).await.map_err(unavailable)?.is_ok() {
@@ -437,7 +461,12 @@ impl Jobs {
     }
 
     /// Commits empty rounds on shards below `version`: nobody is left to complete them (rule P11).
-    async fn level(&self, record: &JobRecord, roster: &Roster, version: Version) -> Result<(), WireError> {
+    pub(crate) async fn level(
+        &self,
+        record: &JobRecord,
+        roster: &Roster,
+        version: Version,
+    ) -> Result<(), WireError> {
         let store = self.store(record);
         for shard in 0..record.layout.shards() {
             loop {
@@ -478,7 +507,7 @@ impl Jobs {
     }
 }
 
-fn over(key: &JobKey) -> WireError {
+pub(crate) fn over(key: &JobKey) -> WireError {
     WireError::new(ErrorCode::Gone, format!("this life of job {key} is over: open the job again"))
 }
 

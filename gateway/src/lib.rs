@@ -11,6 +11,7 @@ mod http;
 mod jobs;
 pub mod leases;
 pub mod metrics;
+mod recovery;
 pub mod roster;
 mod run;
 mod service;

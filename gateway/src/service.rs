@@ -1,7 +1,7 @@
 //! Requests of the SDK.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -15,9 +15,9 @@ use thalweg_protocol::{
 
 use crate::{
     events::{self, Sink},
-    jobs::Jobs,
+    jobs::{Jobs, over},
     leases::Leases,
-    metrics,
+    metrics, recovery,
     windows::Windows,
 };
 
@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub(crate) swept_at: Instant,
     /// Jobs that were seen half deleted, and since when.
     pub(crate) deleting: BTreeMap<JobKey, Instant>,
+    /// Jobs that were seen to have lost rounds, or halfway to a new life.
+    pub(crate) recovering: BTreeSet<JobKey>,
     /// Since when lives of jobs have had no member.
     pub(crate) deserted_since: BTreeMap<JobKey, (Incarnation, Instant)>,
     events: Option<Sink>,
@@ -73,6 +75,7 @@ impl Gateway {
             swept_at: clock(),
             deleting: BTreeMap::new(),
             deserted_since: BTreeMap::new(),
+            recovering: BTreeSet::new(),
             events: None,
         };
         Self { jobs, clock, lease, shared: Mutex::new(shared) }
@@ -168,8 +171,8 @@ impl Gateway {
                 self.jobs.set_settings(&key, &change).await.map(ApiReply::Settings)
             }
             ApiRequest::Restore { spec, function, upload, version, replaces } => {
-                let origin = Origin { upload, version, replaces };
-                let restored = self.jobs.restore(&spec, function, &origin).await;
+                let origin = Origin { upload, version, rolled_back: false };
+                let restored = self.jobs.restore(&spec, function, &origin, replaces).await;
                 restored.map(|(job, roster)| self.job(job, roster))
             }
             ApiRequest::Beat { .. } => {
@@ -228,8 +231,10 @@ impl Gateway {
                         roster_epoch: roster.epoch,
                         paused: record.life.paused.clone(),
                     }
-                } else {
+                } else if record.incarnation == worker.job {
                     ApiReply::Error(lost(&worker))
+                } else {
+                    ApiReply::Error(over(&worker.key))
                 }
             }
             Err(error) if error.is_retryable() => return None,
@@ -259,6 +264,9 @@ impl Shared {
             let before = known.map(|(job, roster)| (&**job, &**roster));
             events::between(before, record, roster).into_iter().for_each(|event| events(record, event));
         }
+        if recovery::is_due(record) {
+            self.recovering.insert(record.spec.key.clone());
+        }
         let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
         self.rosters.insert(record.spec.key.clone(), view.clone());
         view
@@ -274,6 +282,7 @@ impl Shared {
         self.read_at.remove(key);
         self.deleting.remove(key);
         self.deserted_since.remove(key);
+        self.recovering.remove(key);
     }
 
     /// Jobs whose newest settings the roster does not vouch for yet.

@@ -5,8 +5,8 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 use thalweg_broker::Registry;
 use thalweg_functions::{AggregationFunction, InvalidSettings};
 use thalweg_protocol::{
-    Incarnation, JobKey, JobRecord, JobState, Roster, Round, ShardIndex, WireError, job_key, offsets,
-    roster_key,
+    Incarnation, JobKey, JobRecord, JobState, Roster, Round, SettingsRevision, ShardIndex, WireError,
+    job_key, offsets, roster_key,
 };
 
 /// Immutable view of one job at one moment. Cheap to share, replaced when record or roster change.
@@ -16,9 +16,17 @@ pub struct Job {
     pub record: JobRecord,
     /// Who counts.
     pub roster: Roster,
+    /// Of the settings that the roster vouches for, in the record's order.
     functions: Vec<Arc<dyn AggregationFunction>>,
     /// Elements of the flattened vector by parameter group, ascending.
     groups: Vec<(Range<u64>, usize)>,
+}
+
+/// Settings that may be used: a revision that the roster does not vouch for may begin later than it says now. The
+/// first one is always in force.
+fn vouched<'a>(record: &'a JobRecord, roster: &Roster) -> &'a [SettingsRevision] {
+    let known = record.settings.iter().take_while(|revision| revision.revision <= roster.revision).count();
+    &record.settings[..known.max(1).min(record.settings.len())]
 }
 
 impl Job {
@@ -28,8 +36,7 @@ impl Job {
     /// When this release does not know the function; the gateway checks that at creation, so the job
     /// was made by a newer one.
     pub fn new(record: JobRecord, roster: Roster) -> Result<Self, InvalidSettings> {
-        let functions = record
-            .settings
+        let functions = vouched(&record, &roster)
             .iter()
             .map(|revision| thalweg_functions::resolve(&revision.function).map(Arc::from))
             .collect::<Result<_, _>>()?;
@@ -43,11 +50,21 @@ impl Job {
         Ok(Self { record, roster, functions, groups })
     }
 
+    /// The settings that fold `round`: the newest that begin before it, of those that the roster vouches for.
+    #[must_use]
+    pub fn settings(&self, round: Round) -> &SettingsRevision {
+        &self.record.settings[self.revision_of(round)]
+    }
+
     /// The function that folds `round`, with its settings.
     #[must_use]
     pub fn function(&self, round: Round) -> &Arc<dyn AggregationFunction> {
-        let revision = self.record.settings.partition_point(|revision| revision.from_round <= round);
-        &self.functions[revision.saturating_sub(1)]
+        &self.functions[self.revision_of(round)]
+    }
+
+    fn revision_of(&self, round: Round) -> usize {
+        let usable = vouched(&self.record, &self.roster);
+        usable.partition_point(|revision| revision.from_round <= round).saturating_sub(1)
     }
 
     /// Parameter groups inside one shard, relative to its first element.

@@ -62,8 +62,9 @@ pub struct Origin {
     pub upload: Incarnation,
     /// The version that it becomes.
     pub version: Version,
-    /// The life that this one takes the place of; its bytes go when this one is made.
-    pub replaces: Option<Incarnation>,
+    /// The gateway copies it from the life that this one takes the place of (rule P27); else whoever asked for this
+    /// life uploads it.
+    pub rolled_back: bool,
 }
 
 /// What sets a life of a job apart from one that was just created and runs.
@@ -71,8 +72,11 @@ pub struct Origin {
 pub struct Life {
     /// No round is closed while this is there; it says why.
     pub paused: Option<String>,
-    /// Restored, or seeded.
+    /// Restored, seeded, or rolled back.
     pub origin: Option<Origin>,
+    /// The lives that this one takes the place of: the last one that ran, and attempts at this one that were lost with
+    /// the power. Their bytes go once this one has its own.
+    pub replaces: Vec<Incarnation>,
 }
 
 impl Life {

@@ -471,8 +471,9 @@ fn records() -> Vec<Golden> {
     for state in states {
         goldens.push(record(job_name(&state), job(state)));
     }
-    let origin = Origin { upload: UPLOAD, version: 300, replaces: Some(WORKER) };
-    let life = Life { paused: Some("for maintenance".into()), origin: Some(origin) };
+    let origin = Origin { upload: UPLOAD, version: 300, rolled_back: true };
+    let paused = Some("for maintenance".into());
+    let life = Life { paused, origin: Some(origin), replaces: vec![WORKER] };
     let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack };
     let plain = job(JobState::Running);
     goldens

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use thalweg_broker::{Backoff, Connection, NatsConfig, Registry, RequestError, request};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobRecord, JobState, Kind, Rank, Roster,
+    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobRecord, JobState, Kind, OnLoss, Rank, Roster,
     StoreRequest, WireError, WorkerRef, frame, offsets, subjects,
 };
 use tokio::sync::watch;
@@ -300,6 +300,13 @@ impl Client {
         loop {
             match &record.state {
                 JobState::Running => return Ok(record),
+                JobState::Failed(error)
+                    if error.code == ErrorCode::Diverged && record.spec.policy.on_loss != OnLoss::Fail =>
+                {
+                    patience.wait("the job's new life", &error.message).await?;
+                    record = self.job(&record.spec.key).await?.0;
+                    continue;
+                }
                 state => {
                     if let Some(error) = state.end(&record.spec.key) {
                         return Err(error.into());
@@ -307,7 +314,7 @@ impl Client {
                 }
             }
             if record.life.origin.is_some() {
-                let hint = "it is being restored from a snapshot; if that was cut short, restore it again";
+                let hint = "it is being restored; if that was cut short, restore it again";
                 patience.wait("the parameters of the snapshot", hint).await?;
             } else if rank == 0 && !options.initial.is_empty() {
                 self.upload(&record, &options.initial, patience).await?;

@@ -1,9 +1,9 @@
 //! What must hold after every step, worked out independently of those who are watched.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use bytes::Bytes;
-use thalweg_functions::{Contribution, ShardContext};
+use thalweg_functions::{AggregationFunction, Contribution, ShardContext};
 use thalweg_invoker::Job;
 use thalweg_protocol::{
     Commit, CommitOutcome, Durability, Epoch, ErrorCode, GradientHeader, Head, Incarnation, JobRecord,
@@ -57,6 +57,10 @@ struct Checked {
     shards: Vec<Shard>,
     /// Why the job may fail, if it may.
     may_fail: Option<&'static str>,
+    /// Functions by settings revision.
+    functions: BTreeMap<u32, Arc<dyn AggregationFunction>>,
+    /// Revisions that somebody was told of, with their first round.
+    told: Vec<(u32, Round)>,
     failed: Option<WireError>,
 }
 
@@ -72,7 +76,10 @@ pub(crate) struct Checker {
 fn replay(checked: &Checked, shard: ShardIndex, before: &[u8], ledger: &Ledger) -> Option<Bytes> {
     let roster = checked.rosters.get(&ledger.roster_epoch)?;
     let elements = checked.job.record.layout.len(shard);
-    let function = checked.job.function(ledger.round);
+    if ledger.counted.is_empty() {
+        return Some(Bytes::copy_from_slice(before));
+    }
+    let function = checked.functions.get(&ledger.revision)?;
     let mut fold = function.begin(ShardContext { elements, groups: &[], round: ledger.round });
     for rank in ledger.counted.iter() {
         let member = roster.of_round(ledger.round).find(|member| member.rank == rank)?;
@@ -92,12 +99,27 @@ impl Checker {
     /// A job's record was written.
     pub(crate) fn job_written(&mut self, record: &JobRecord) {
         let store_job = record.store_job();
+        // What a life goes on from that was rolled back.
+        let before: Vec<Vec<_>> = match (&record.life.origin, record.life.replaces.first()) {
+            (Some(origin), Some(lost)) => {
+                let most = usize::try_from(origin.version).unwrap_or(usize::MAX);
+                let lost = self.jobs.get(lost).map(|lost| &lost.shards);
+                let shards = lost.into_iter().flatten();
+                shards.map(|shard| shard.versions.iter().take(most).cloned().collect()).collect()
+            }
+            _ => Vec::new(),
+        };
         let checked = self.jobs.entry(record.incarnation).or_insert_with(|| {
             let roster = Roster { epoch: 0, ..Roster::new(record.incarnation) };
             let shards = (0..record.layout.shards()).map(|shard| {
                 let head = Head::initial(record.incarnation.0, shard, 0);
                 let state = vec![0; StoreJob::state_bytes(&store_job, shard)].into();
-                Shard { versions: vec![(head, Ledger::default(), state)], attempts: BTreeMap::new() }
+                let mut versions = before.get(shard as usize).cloned().unwrap_or_default();
+                // The last one is filled in by its upload.
+                let first = usize::try_from(record.first_version()).unwrap_or(0);
+                versions
+                    .resize(first + 1, (head.at_version(record.first_version()), Ledger::default(), state));
+                Shard { versions, attempts: BTreeMap::new() }
             });
             Checked {
                 shards: shards.collect(),
@@ -107,9 +129,19 @@ impl Checker {
                 },
                 rosters: BTreeMap::new(),
                 may_fail: None,
+                functions: BTreeMap::new(),
+                told: Vec::new(),
                 failed: None,
             }
         });
+        for revision in &record.settings {
+            checked.functions.entry(revision.revision).or_insert_with(|| {
+                match thalweg_functions::resolve(&revision.function) {
+                    Ok(function) => Arc::from(function),
+                    Err(error) => unreachable!("the gateway has checked it: {error}"),
+                }
+            });
+        }
         if let JobState::Failed(error) = &record.state {
             checked.failed = Some(error.clone());
             if checked.may_fail.is_none() {
@@ -138,6 +170,12 @@ impl Checker {
         self.jobs.get(&job).is_some_and(|checked| checked.may_fail.is_some())
     }
 
+    fn another_life_fails(&self, job: Incarnation) -> bool {
+        let key = self.jobs.get(&job).map(|checked| &checked.job.record.spec.key);
+        let mut lives = self.jobs.values().filter(|checked| Some(&checked.job.record.spec.key) == key);
+        lives.any(|checked| checked.may_fail.is_some())
+    }
+
     pub(crate) fn jobs_of_level(&self, durability: Durability) -> Vec<Incarnation> {
         let of_level = |checked: &&Checked| checked.job.record.spec.durability == durability;
         self.jobs.values().filter(of_level).map(|checked| checked.job.record.incarnation).collect()
@@ -145,6 +183,60 @@ impl Checker {
 
     pub(crate) fn newest_roster(&self, job: Incarnation) -> Option<&Roster> {
         self.jobs.get(&job)?.rosters.last_key_value().map(|(_, roster)| roster)
+    }
+
+    /// What a shard was one version before the one that a life goes on from.
+    pub(crate) fn older_state(&self, job: Incarnation, index: ShardIndex) -> Option<Bytes> {
+        let versions = &self.jobs.get(&job)?.shards.get(index as usize)?.versions;
+        versions.len().checked_sub(2).map(|at| versions[at].2.clone())
+    }
+
+    /// A shard of a life's first version is uploaded.
+    pub(crate) fn uploaded(
+        &mut self,
+        job: Incarnation,
+        upload: Incarnation,
+        index: ShardIndex,
+        state: &Bytes,
+    ) {
+        let Some(checked) = self.jobs.get(&job) else { return };
+        let record = &checked.job.record;
+        let (version, replaces) = (record.first_version(), record.life.replaces.first().copied());
+        let at = usize::try_from(version).unwrap_or(usize::MAX);
+        let Some(shard) =
+            self.jobs.get(&replaces.unwrap_or(job)).and_then(|lost| lost.shards.get(index as usize))
+        else {
+            return;
+        };
+        let known = shard.versions.get(at).is_some_and(|(_, _, known)| known == state);
+        // Written and never answered, before the power failed.
+        let attempted =
+            shard.attempts.get(&version).is_some_and(|made| made.iter().any(|(_, _, known)| known == state));
+        if !known && !attempted {
+            let text = format!("shard {index} goes on from bytes that version {version} never had");
+            return self.fail("P27", Some(index), text);
+        }
+        let head = Head::initial(upload.0, index, checksum(&[state])).at_version(version);
+        if let Some(shard) =
+            self.jobs.get_mut(&job).and_then(|checked| checked.shards.get_mut(index as usize))
+            && shard.versions.len() == at + 1
+        {
+            shard.versions[at] = (head, Ledger::default(), state.clone());
+        }
+    }
+
+    /// Somebody was told that `revision` is in force from `from_round` on.
+    pub(crate) fn settings_told(&mut self, job: Incarnation, revision: u32, from_round: Round) {
+        let Some(checked) = self.jobs.get_mut(&job) else { return };
+        checked.told.push((revision, from_round));
+        let wrong = checked
+            .shards
+            .iter()
+            .flat_map(|shard| &shard.versions)
+            .find_map(|(_, ledger, _)| wrong_settings(&checked.told, ledger));
+        if let Some(what) = wrong {
+            self.fail("P4", None, what);
+        }
     }
 
     /// A roster was written.
@@ -226,6 +318,9 @@ impl Checker {
         }
         if let Some(what) = wrong_members(checked, ledger) {
             return self.fail("I1", Some(index), format!("shard {index} round {}: {what}", ledger.round));
+        }
+        if let Some(what) = wrong_settings(&checked.told, ledger) {
+            return self.fail("P4", Some(index), what);
         }
         match replay(checked, index, before, ledger) {
             Some(expected) if expected == *state => {}
@@ -350,6 +445,8 @@ impl Checker {
     pub(crate) fn training_failed(&mut self, job: Incarnation, rank: Rank, error: &WireError) {
         let expected = matches!(error.code, ErrorCode::JobFailed | ErrorCode::Diverged | ErrorCode::Gone)
             && self.is_expected_to_fail(job);
+        // One that was still joining may be told of the life before.
+        let expected = expected || self.another_life_fails(job);
         if !expected {
             self.fail("L1", None, format!("rank {rank} fails: {error}"));
         }
@@ -362,6 +459,16 @@ impl Checker {
         };
         self.jobs.values().map(of).collect()
     }
+}
+
+/// What is wrong with the settings that a round was folded with, if anything. A round that counted nobody was
+/// folded with none.
+fn wrong_settings(told: &[(u32, Round)], ledger: &Ledger) -> Option<String> {
+    let wrong = |(revision, from_round): &&(u32, Round)| {
+        !ledger.counted.is_empty() && (ledger.round >= *from_round) != (ledger.revision >= *revision)
+    };
+    let (revision, from_round) = told.iter().find(wrong)?;
+    Some(format!("revision {revision} was told from round {from_round} on: {ledger:?}"))
 }
 
 /// What is wrong with a ledger's members, if anything.

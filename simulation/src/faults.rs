@@ -18,7 +18,7 @@ impl World {
         if actors.is_empty() {
             return Ok(None);
         }
-        let what = match self.fault_rng.random_range(0..22) {
+        let what = match self.fault_rng.random_range(0..25) {
             0..3 => {
                 let actor = some(self);
                 self.dies(actor);
@@ -60,6 +60,11 @@ impl World {
                 format!("the broker refuses publications for {for_ms} ms")
             }
             18 => match self.mixes_poison() {
+                Some(what) => what,
+                None => return Ok(None),
+            },
+            22 => self.operator_pauses(),
+            23 | 24 => match self.operator_changes_settings() {
                 Some(what) => what,
                 None => return Ok(None),
             },

@@ -219,8 +219,14 @@ impl World {
     fn look_up(&mut self, number: u32, key: JobKey) {
         let me = Actor::Invoker(number);
         let remote = self.remote(me);
+        let forgets = self.mutated(Mutation::SettingsForgotten);
         self.spawn(me, async move {
             Done::Core(match Job::read(&remote.registry(), &key).await {
+                Ok(Some(job)) if forgets => {
+                    let mut record = job.record.clone();
+                    record.settings.truncate(1);
+                    CoreEvent::Job(key, Job::new(record, job.roster.clone()).ok().map(std::sync::Arc::new))
+                }
                 Ok(job) => CoreEvent::Job(key, job),
                 Err(_) => CoreEvent::LookUpFailed(key),
             })

@@ -16,6 +16,7 @@ mod invoker;
 mod minimise;
 mod mutation;
 mod network;
+mod operator;
 mod outcome;
 mod process;
 mod scenario;

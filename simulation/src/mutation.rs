@@ -51,6 +51,11 @@ pub enum Mutation {
     /// A stream that was recreated looks like the old one, and nothing is sent again because of its age (rules
     /// P10, P16).
     RecreationUnnoticed,
+    /// An invoker goes on with the settings that it read first, whatever roster it reads later (rule P4).
+    SettingsForgotten,
+    /// What a job goes on from after a power loss is read as it is, not as it was at the version that all shards
+    /// have (rule P27).
+    RollBackUneven,
     /// No fence stands before a newcomer's first round (rule P4).
     FenceForgotten,
     /// Rounds that nobody is left to complete are not closed (rule P11).

@@ -191,7 +191,7 @@ impl World {
                 Actor::Autoscaler(number) => self.autoscaler_done(number, end),
                 Actor::Invoker(number) => self.invoker_done(number, end),
                 Actor::Store => self.store_done(end)?,
-                Actor::Operator => self.deleting = Some(true),
+                Actor::Operator => self.operator_done(end),
                 Actor::Broker => {}
             }
         }

@@ -3,7 +3,8 @@
 use rand::{RngExt as _, rngs::StdRng};
 use thalweg_invoker::core::Limits;
 use thalweg_protocol::{
-    Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, NonFinite, Partition, Round, TensorSpec,
+    Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, NonFinite, OnLoss, Partition, Policy, Round,
+    TensorSpec,
 };
 
 use crate::network::Millis;
@@ -51,7 +52,11 @@ fn spec(rng: &mut StdRng, name: &str) -> anyhow::Result<JobSpec> {
         init: Init::Zeros,
         shard_bytes: ELEMENTS * 4,
         max_members: 16,
-        policy: thalweg_protocol::Policy::default(),
+        policy: Policy {
+            on_loss: [OnLoss::Fail, OnLoss::RollBack, OnLoss::RollBack, OnLoss::Reseed]
+                [rng.random_range(0..4)],
+            ..Policy::default()
+        },
     })
 }
 

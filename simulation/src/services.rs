@@ -266,7 +266,7 @@ impl World {
         if !self.store_serves {
             return Ok(());
         }
-        let (request, payload) = match frame::open::<StoreRequest>(Kind::StoreRequest, &bytes) {
+        let (request, mut payload) = match frame::open::<StoreRequest>(Kind::StoreRequest, &bytes) {
             Ok(opened) => opened,
             Err(error) => anyhow::bail!("an unreadable request: {error}"),
         };
@@ -297,11 +297,23 @@ impl World {
                 changed = true;
                 StoreRequest::Fence { job, epoch: 0, from_round }
             }
+            StoreRequest::Upload { job, upload, shard } => {
+                if self.mutated(Mutation::RollBackUneven)
+                    && let Some(older) = self.checker.older_state(job, shard)
+                {
+                    (payload, changed) = (older, true);
+                }
+                StoreRequest::Upload { job, upload, shard }
+            }
             other => other,
         };
         let bytes = if changed { frame::seal(Kind::StoreRequest, &request, &payload) } else { bytes };
         let commit = match request {
             StoreRequest::Commit(commit) => Some((commit, payload)),
+            StoreRequest::Upload { job, upload, shard } => {
+                self.checker.uploaded(job, upload, shard, &payload);
+                None
+            }
             _ => None,
         };
         self.store.request(from, id, commit, bytes);
@@ -371,22 +383,5 @@ impl World {
         self.end(Actor::Store);
         let delay = self.rng.random_range(10..500);
         self.later(delay, Event::Start(Actor::Store));
-    }
-
-    /// Deletes every job, as its user would in the end.
-    pub(crate) fn operator_deletes(&mut self) {
-        self.born(Actor::Operator);
-        let remote = self.remote(Actor::Operator);
-        let keys: Vec<_> = self.specs.iter().map(|spec| spec.key.clone()).collect();
-        self.note(|| "the jobs are deleted".to_owned());
-        self.checker.all_may_fail("its deletion");
-        self.spawn(Actor::Operator, async move {
-            for key in keys {
-                let delete = thalweg_protocol::ApiRequest::DeleteJob(key);
-                // Either deleted, or not there (any more).
-                let _ = crate::worker::ask_gateway(&remote, None, &delete).await;
-            }
-            Done::Deleted
-        });
     }
 }

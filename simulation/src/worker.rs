@@ -11,8 +11,8 @@ use bytes::Bytes;
 use rand::{RngExt as _, seq::SliceRandom as _};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, ErrorCode, FrameBuilder, GradientHeader, Head, Incarnation, JobRecord,
-    JobSpec, Kind, NonFinite, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY, ShardIndex, Streams,
-    WireError, WorkerRef, frame, limits, subjects,
+    JobSpec, JobState, Kind, NonFinite, OnLoss, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY,
+    ShardIndex, Streams, WireError, WorkerRef, frame, limits, subjects,
 };
 use thalweg_sdk::engine::{Action, Engine, Timing, first_round, held_up, void_after};
 use thalweg_store::ShardStore as _;
@@ -129,11 +129,18 @@ async fn read_streams(remote: &Remote, record: &JobRecord) -> Option<Vec<i64>> {
 }
 
 async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> Result<Joined, WireError> {
-    let (record, mut known) = match ask_gateway(&remote, None, &ApiRequest::OpenJob(spec)).await? {
+    let (mut record, mut known) = match ask_gateway(&remote, None, &ApiRequest::OpenJob(spec)).await? {
         ApiReply::Job(record, roster) => (*record, roster),
         other => return Err(unexpected(&other)),
     };
     let key = record.spec.key.clone();
+    while record.state == JobState::Initialising {
+        remote.sleep(RETRY_MS).await;
+        match ask_gateway(&remote, None, &ApiRequest::GetJob(key.clone())).await? {
+            ApiReply::Job(newer, roster) => (record, known) = (*newer, roster),
+            other => return Err(unexpected(&other)),
+        }
+    }
     let worker = WorkerRef { key: key.clone(), job: record.incarnation, rank, incarnation: life };
     let id = format!("w{rank}");
     let (mut roster, window_bytes) = loop {
@@ -370,6 +377,10 @@ impl World {
             else {
                 continue;
             };
+            // The life of its job may be over; it will be told.
+            if self.record_of(host.job).is_none_or(|record| record.incarnation != training.worker.job) {
+                continue;
+            }
             // One that was expired while it was frozen may not know it yet.
             let roster = self.checker.newest_roster(training.worker.job);
             let tenure = roster.and_then(|roster| roster.tenure(host.life));
@@ -554,6 +565,11 @@ impl World {
             if let Some(job) = job {
                 self.checker.training_failed(job, rank, error);
             }
+            if self.has_another_life(self.workers[index as usize].job) {
+                self.workers[index as usize].state = State::Away { returns: true };
+                let delay = self.rng.random_range(10..300);
+                return self.later(delay, crate::world::Event::Start(Actor::Worker(index)));
+            }
             self.workers[index as usize].state = State::Done;
             return;
         }
@@ -568,6 +584,17 @@ impl World {
         self.workers[index as usize].state = State::Away { returns: true };
         let delay = self.rng.random_range(10..300);
         self.later(delay, crate::world::Event::Start(Actor::Worker(index)));
+    }
+
+    /// Whether a job that has ended goes on, or will, for those who join again.
+    fn has_another_life(&self, job: usize) -> bool {
+        if self.deleting.is_some() || self.specs[job].policy.on_loss == OnLoss::Fail {
+            return false;
+        }
+        self.record_of(job).is_some_and(|record| match &record.state {
+            JobState::Failed(error) => error.code == ErrorCode::Diverged,
+            _ => true,
+        })
     }
 
     /// Its process is gone.

@@ -18,7 +18,7 @@ use thalweg_invoker::{
 };
 use thalweg_protocol::{
     ApiReply, Epoch, GradientHeader, Head, Incarnation, JobKey, JobSpec, Kind, Ledger, Partition, Placement,
-    Roster, Round, ShardIndex, StoreId, WireError, frame,
+    Roster, Round, SettingsRevision, ShardIndex, StoreId, WireError, frame,
 };
 use thalweg_store::ShardState;
 
@@ -95,9 +95,12 @@ pub(crate) enum Done {
     Announced(bool),
     // Of the operator.
     Deleted,
+    Settings(JobKey, Incarnation, SettingsRevision),
 }
 
 pub(crate) struct World {
+    /// Some job was paused at some time.
+    pub(crate) paused_once: bool,
     pub(crate) rng: StdRng,
     /// Faults are drawn from numbers of their own, so that one can be left out without changing the others.
     pub(crate) fault_rng: StdRng,
@@ -236,6 +239,7 @@ impl World {
             checker: Checker::default(),
             faults_until,
             faults: 0,
+            paused_once: false,
             skip: options.skip.iter().copied().collect(),
             struck: Vec::new(),
             deleting: None,

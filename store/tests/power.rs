@@ -291,3 +291,48 @@ fn nothing_is_seen_before_it_is_durable() {
         }
     });
 }
+
+/// After a power loss at level `process` a hold still finds a version that all shards have, at least the one that the
+/// last flush cycle made durable, with the bytes that were committed.
+#[test]
+fn what_all_shards_still_have_can_be_read_after_a_loss() {
+    use thalweg_store::conformance::{advance, job};
+    for seed in 0..200 {
+        let mut machine = Machine::new(seed);
+        let job = job(Durability::Process, Init::Zeros);
+        let mut histories = vec![Vec::new(); 3];
+        let mut durable = 0;
+        life(async || {
+            let store = machine.open().unwrap();
+            store.create(job.clone()).await.unwrap();
+            let subject: Subject = Arc::new(store.clone());
+            for round in 1..=machine.rng.random_range(0..12) {
+                for shard in 0..3 {
+                    let state = advance(&subject, &job, shard, round * 8 + u64::from(shard)).await;
+                    histories[shard as usize].push(state.values);
+                    if machine.chance(15) {
+                        store.flush().unwrap();
+                        durable = histories.iter().map(Vec::len).min().unwrap_or(0) as u64;
+                    }
+                }
+            }
+        });
+        machine.power_loss();
+        life(async || {
+            let store = machine.open().unwrap();
+            let error = store.fetch(job.incarnation, 0, false).await.unwrap_err();
+            assert_eq!(error.code(), thalweg_protocol::ErrorCode::Diverged, "seed {seed}");
+            let hold = Incarnation::random();
+            let (version, complete) = store.hold(job.incarnation, hold).await.unwrap();
+            assert!(complete && version >= durable, "seed {seed}: {version} where {durable} was durable");
+            for (shard, history) in (0..).zip(&histories) {
+                let state = store.fetch_held(job.incarnation, hold, shard, true).await.unwrap();
+                assert_eq!(state.head.version, version, "seed {seed}");
+                match version.checked_sub(1) {
+                    Some(at) => assert_eq!(state.values, history[at as usize], "seed {seed}, shard {shard}"),
+                    None => assert!(state.values.iter().all(|byte| *byte == 0), "seed {seed}"),
+                }
+            }
+        });
+    }
+}

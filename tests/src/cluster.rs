@@ -149,6 +149,18 @@ impl Cluster {
         }
     }
 
+    /// Asks a process to end (SIGTERM), and waits until it has.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn stop(&self, name: &str) {
+        let process = lock(&self.shared.state).children.remove(name);
+        let mut process = process.unwrap_or_else(|| panic!("{name} runs"));
+        let asked = Command::new("kill").args(["-TERM", &process.child.id().to_string()]).status();
+        assert!(asked.is_ok_and(|status| status.success()), "{name} can be told to end");
+        let _ = process.child.wait();
+    }
+
     /// Whether a process runs.
     #[must_use]
     pub fn is_alive(&self, name: &str) -> bool {

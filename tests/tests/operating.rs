@@ -5,9 +5,11 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use thalweg_protocol::{ErrorCode, FunctionSpec, JobKey, JobState};
 use thalweg_sdk::{
-    EventKind, EventsOptions, JobCommand, RestoreOptions, Setting, SettingsChange, SnapshotOptions, Worker,
+    EventKind, EventsOptions, JobCommand, OnLoss, RestoreOptions, Setting, SettingsChange, SnapshotOptions,
+    Worker,
 };
 use thalweg_tests::{
+    cluster::Cluster,
     embedded::Embedded,
     eventually,
     training::{self, full_book},
@@ -317,4 +319,58 @@ async fn what_happens_is_told() {
     assert_eq!(last.len(), 1);
     assert_eq!(last[0].as_ref().expect("an event").kind, EventKind::Deleted);
     service.stop().await;
+}
+
+/// A slab that is older than what the store has vouched for, as after a disk that lied: the job goes on from what is
+/// left, by its policy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_lost_rounds_rolls_back_and_goes_on() {
+    let cluster = Cluster::start(&["gateway.worker_lease_ms=1500"]);
+    cluster.invoker("i0", "");
+    let client = thalweg_sdk::Client::connect(cluster.url()).await.expect("connected");
+    let job = training::job("lossy", sgd(0.05), 2).on_loss(OnLoss::RollBack);
+    let joins = (0..2).map(|rank| training::join(&client, &job, rank));
+    let mut workers = futures::future::try_join_all(joins).await.expect("all joined");
+    for _ in 0..5 {
+        all_round(&mut workers).await;
+    }
+    let life = workers[0].job().incarnation;
+    let slab = cluster.directory().join("store").join(format!("{life}.slab"));
+    let copy = cluster.directory().join("copy");
+    // Nobody writes: all have the results of round 5, and nobody begins round 6.
+    std::fs::copy(&slab, &copy).expect("a copy of the slab");
+    for _ in 0..5 {
+        all_round(&mut workers).await;
+    }
+    // In order, so that the index vouches for all ten rounds.
+    cluster.stop("store");
+    std::fs::copy(&copy, &slab).expect("the older slab in its place");
+    cluster.restart_store("");
+    let told = futures::future::join_all(workers.iter_mut().map(training::round)).await;
+    for result in told {
+        let error = result.expect_err("rounds were lost");
+        let codes = [ErrorCode::Diverged, ErrorCode::JobFailed, ErrorCode::Gone, ErrorCode::LeaseLost];
+        assert!(error.code().is_some_and(|code| codes.contains(&code)), "{error}");
+    }
+    drop(workers);
+    let joins = (0..2).map(|rank| training::join(&client, &job, rank));
+    let mut workers = futures::future::try_join_all(joins).await.expect("joined the next life");
+    assert_ne!(workers[0].job().incarnation, life);
+    assert_eq!(workers[0].job().first_version(), 5);
+    // Whoever came first may have been alone for a while, so who was counted has to be looked up.
+    let mut book = full_book(2, 5);
+    let mut parameters = Vec::new();
+    let mut rounds = 5;
+    for _ in 0..4 {
+        let (round, flat) = all_round(&mut workers).await;
+        for (shard, version, counted) in workers[0].ledgers() {
+            book.insert((version, shard as usize), counted);
+        }
+        (rounds, parameters) = (round.round, flat);
+    }
+    let expected = training::replay(&sgd(0.05), &book, rounds);
+    training::assert_same_bits(&parameters, &expected, "after the roll-back");
+    let slabs = std::fs::read_dir(cluster.directory().join("store")).expect("the store's directory");
+    let slabs = slabs.flatten().filter(|entry| entry.path().extension().is_some_and(|end| end == "slab"));
+    assert_eq!(slabs.count(), 1, "the lost life has left nothing behind");
 }

@@ -69,14 +69,14 @@ fn commands_change_what_they_say_and_nothing_twice() {
 #[test]
 fn settings_are_laid_over_the_last_ones() {
     let mut job = record();
-    let added = revise(&mut job, &change("lr", Setting::Number(0.01)), 12, 9).unwrap();
+    let added = revise(&mut job, &change("lr", Setting::Number(0.01)), 12, (9, 9)).unwrap();
     assert_eq!((added.revision, added.from_round), (1, 12));
     assert_eq!(added.function.settings["lr"], Setting::Number(0.01));
     assert_eq!(added.function.settings["momentum"], Setting::Number(0.9), "kept");
     assert_eq!(job.settings_of(11).revision, 0);
     assert_eq!(job.settings_of(12).revision, 1);
     // Once round 12 is complete everywhere, nobody asks for the first ones any more.
-    let added = revise(&mut job, &change("lr", Setting::Number(0.001)), 14, 12).unwrap();
+    let added = revise(&mut job, &change("lr", Setting::Number(0.001)), 14, (12, 9)).unwrap();
     assert_eq!(added.revision, 2);
     assert_eq!(job.settings.iter().map(|revision| revision.revision).collect::<Vec<_>>(), [1, 2]);
     let refused = [
@@ -92,13 +92,13 @@ fn settings_are_laid_over_the_last_ones() {
     ];
     for (change, round, text) in refused {
         let before = job.clone();
-        let error = revise(&mut job, &change, round, 12).unwrap_err();
+        let error = revise(&mut job, &change, round, (12, 9)).unwrap_err();
         assert_eq!(error.code, ErrorCode::InvalidSpec);
         assert!(error.message.contains(text), "{error}");
         assert_eq!(job, before, "a refused change leaves the job as it is");
     }
     for round in 0..100 {
-        if let Err(error) = revise(&mut job, &change("lr", Setting::Number(0.1)), 20 + round, 12) {
+        if let Err(error) = revise(&mut job, &change("lr", Setting::Number(0.1)), 20 + round, (12, 999)) {
             assert_eq!(error.code, ErrorCode::Limit);
             assert_eq!(job.settings.len(), limits::MAX_REVISIONS);
             return;
@@ -131,7 +131,7 @@ fn events_are_what_differs() {
     assert_eq!(names(events::between(Some((&job, &both)), &job, &other)), ["left", "joined"]);
     let mut later = job.clone();
     apply(&mut later, &JobCommand::Pause("night".to_owned())).unwrap();
-    revise(&mut later, &change("lr", Setting::Number(0.01)), 12, 9).unwrap();
+    revise(&mut later, &change("lr", Setting::Number(0.01)), 12, (9, 9)).unwrap();
     assert_eq!(names(events::between(Some((&job, &both)), &later, &both)), ["paused", "settings"]);
     let mut over = later.clone();
     apply(&mut over, &JobCommand::Abort("enough".to_owned())).unwrap();

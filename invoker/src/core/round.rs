@@ -315,7 +315,7 @@ impl Core {
         let ledger = Ledger {
             round,
             roster_epoch: job.roster.epoch,
-            revision: job.record.settings_of(round).revision,
+            revision: job.settings(round).revision,
             counted,
             void,
             below_quorum,

@@ -327,9 +327,13 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
         function,
     });
     let place = (layout(), U32, store_id(), U16);
-    let origin = (incarnation(), U64, option::of(incarnation()))
-        .prop_map(|(upload, version, replaces)| Origin { upload, version, replaces });
-    let life = (option::of(text()), option::of(origin)).prop_map(|(paused, origin)| Life { paused, origin });
+    let origin = (incarnation(), U64, BOOL).prop_map(|(upload, version, rolled_back)| Origin {
+        upload,
+        version,
+        rolled_back,
+    });
+    let life = (option::of(text()), option::of(origin), vec(incarnation(), 0..3))
+        .prop_map(|(paused, origin, replaces)| Life { paused, origin, replaces });
     (job_spec(), incarnation(), place, state, vec(revision, 0..3), life).prop_map(
         |(spec, incarnation, (layout, slots, store, partitions), state, settings, life)| JobRecord {
             spec,
