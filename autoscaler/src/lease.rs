@@ -48,7 +48,7 @@ async fn keep(
         match keeper.tick(&registry, Instant::now()).await {
             Ok(()) => drop(held_until.send_replace(keeper.held_until())),
             // What is held lapses by itself if this lasts.
-            Err(error) => tracing::debug!(%error, "lease not renewed"),
+            Err(error) => error.log("lease not renewed"),
         }
         tokio::select! {
             () = tokio::time::sleep(keeper.interval()) => {}

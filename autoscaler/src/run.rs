@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use thalweg_broker::{
-    Backoff, Connection, Queues as _, Registry, RegistryError, Report, Revision, StreamsConfig,
+    Backoff, Connection, Queues as _, Registry, RegistryError, Report, Revision, Said, StreamsConfig,
     consumer_epochs, ensure_streams,
 };
 use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, PlacedPartition, Placement, frame, subjects};
@@ -195,7 +195,7 @@ impl Shell {
                 }
                 message = beats.next() => {
                     let message = message.ok_or_else(|| closed("no more beats"))?;
-                    if self.beat(&message.payload) && !self.or_shutdown(shutdown, false).await {
+                    if self.beat(&message.subject, &message.payload) && !self.or_shutdown(shutdown, false).await {
                         return Ok(());
                     }
                 }
@@ -266,11 +266,15 @@ impl Shell {
         self.placement = None;
     }
 
-    fn beat(&mut self, payload: &Bytes) -> bool {
+    fn beat(&mut self, subject: &str, payload: &Bytes) -> bool {
+        static SAID: Said = Said::new();
         match frame::open::<InvokerBeat>(Kind::Beat, payload) {
             Ok((beat, _)) => self.controller.beat(beat, self.clock.now()),
             Err(error) => {
-                tracing::warn!(%error, "a heartbeat was not understood");
+                let invoker = subject.rsplit('.').next().unwrap_or_default();
+                if SAID.is_new(&format!("{invoker}: {error}")) {
+                    tracing::warn!(invoker, %error, "an invoker whose heartbeats are not understood gets no work");
+                }
                 false
             }
         }

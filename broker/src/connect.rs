@@ -39,6 +39,8 @@ const SUBSCRIPTION_CAPACITY: usize = 16 * 1024;
 /// The first version that refuses publications beyond its buffers (429) instead of dropping them.
 const LEAST_VERSION: (u32, u32) = (2, 11);
 const JETSTREAM_TIMEOUT: Duration = Duration::from_secs(3);
+/// Longest time to find out why there is no connection.
+const OBSTACLE: Duration = Duration::from_secs(1);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 impl Connection {
@@ -57,19 +59,7 @@ impl Connection {
         let mut reported = false;
         loop {
             let notify = notify.clone();
-            let options = match &config.credentials {
-                Some(path) => {
-                    let text = std::fs::read_to_string(path).map_err(|error| {
-                        std::io::Error::new(
-                            error.kind(),
-                            format!("NATS credentials {}: {error}", path.display()),
-                        )
-                    })?;
-                    ConnectOptions::with_credentials(&text)?
-                }
-                None => ConnectOptions::new(),
-            };
-            let options = options
+            let options = options(config)?
                 .name(name)
                 .subscription_capacity(SUBSCRIPTION_CAPACITY)
                 .client_capacity(256)
@@ -137,11 +127,35 @@ impl Connection {
         }
     }
 
+    /// Tries once and says what is in the way; `None` when nothing is.
+    pub async fn obstacle(config: &NatsConfig) -> Option<String> {
+        let options = match options(config) {
+            Ok(options) => options.connection_timeout(OBSTACLE),
+            Err(error) => return Some(error.to_string()),
+        };
+        match async_nats::connect_with_options(config.url.as_str(), options).await {
+            Ok(_) => None,
+            // The error behind it says more: refused, or not authorised.
+            Err(error) => {
+                let source = std::error::Error::source(&error);
+                Some(source.map_or_else(|| error.to_string(), ToString::to_string))
+            }
+        }
+    }
+
     /// Counts connects; changes whenever the connection was lost and is back.
     #[must_use]
     pub fn connects(&self) -> watch::Receiver<u64> {
         self.connects.clone()
     }
+}
+
+fn options(config: &NatsConfig) -> std::io::Result<ConnectOptions> {
+    let Some(path) = &config.credentials else { return Ok(ConnectOptions::new()) };
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        std::io::Error::new(error.kind(), format!("NATS credentials {}: {error}", path.display()))
+    })?;
+    ConnectOptions::with_credentials(&text)
 }
 
 /// Whether a server's version is one that has what is used here. One that cannot be read is let pass: a

@@ -8,6 +8,7 @@ mod connect;
 mod lease;
 mod registry;
 mod request;
+mod said;
 pub mod stage;
 mod streams;
 
@@ -15,6 +16,7 @@ pub use connect::{Connection, NatsConfig, Report, no_report};
 pub use lease::{LeaseConfig, LeaseKeeper};
 pub use registry::{Bucket, Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};
+pub use said::Said;
 pub use streams::{
     PartitionDepth, Queue, QueueError, Queues, StreamStorage, StreamsConfig, consumer_epochs, ensure_streams,
 };

@@ -7,7 +7,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::{Serialize, de::DeserializeOwned};
-use thalweg_protocol::{frame, subjects};
+use thalweg_protocol::{ErrorCode, WireError, frame, subjects};
+
+use crate::Said;
 
 /// Revision of a key at which it was read or written; 0 = the key does not exist.
 pub type Revision = u64;
@@ -30,6 +32,30 @@ pub enum RegistryError {
         /// Why.
         error: frame::FrameError,
     },
+}
+
+impl RegistryError {
+    /// The error as it crosses the wire. What cannot be read stays so until somebody does something about it.
+    #[must_use]
+    pub fn to_wire(&self) -> WireError {
+        let code = match self {
+            Self::Unavailable(_) => ErrorCode::Unavailable,
+            Self::Unreadable { error, .. } => error.to_wire().code,
+        };
+        WireError::new(code, self.to_string())
+    }
+
+    /// Logs it: once and as an error when it does not pass by itself, else only for who looks closely.
+    pub fn log(&self, what: &'static str) {
+        static SAID: Said = Said::new();
+        match self {
+            Self::Unavailable(_) => tracing::debug!(error = %self, "{what}"),
+            Self::Unreadable { .. } if SAID.is_new(&format!("{what}: {self}")) => {
+                tracing::error!(error = %self, "{what}");
+            }
+            Self::Unreadable { .. } => {}
+        }
+    }
 }
 
 /// Where the keys live: a bucket of NATS, or the simulation's model of one.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::{Client, Request, RequestErrorKind};
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use thalweg_protocol::{FrameError, Kind, frame};
+use thalweg_protocol::{ErrorCode, FrameError, Kind, WireError, frame};
 
 /// Why a request has no reply.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,19 @@ pub enum RequestError {
     /// The reply is not a frame of this wire version.
     #[error("reply on {0}: {1}")]
     Frame(String, FrameError),
+}
+
+impl RequestError {
+    /// As an error of whoever did not answer, or not in a way that can be understood.
+    #[must_use]
+    pub fn to_wire(&self) -> WireError {
+        let code = match self {
+            Self::Frame(_, error) => error.to_wire().code,
+            Self::TooLarge(..) => ErrorCode::Limit,
+            Self::NoResponders(_) | Self::TimedOut(_) | Self::Connection(..) => ErrorCode::Unavailable,
+        };
+        WireError::new(code, self.to_string())
+    }
 }
 
 /// Sends one request and waits for its one reply.

@@ -1,9 +1,10 @@
 //! What people ask of a job: pause, resume, abort, delete, other settings, a new life from a snapshot.
 
+use thalweg_broker::RegistryError;
 use thalweg_protocol::{
-    ErrorCode, FunctionSpec, Incarnation, Init, JobCommand, JobKey, JobRecord, JobSpec, JobState, JobSummary,
-    Origin, Progress, Roster, SettingsChange, SettingsRevision, Version, WireError, job_key, limits,
-    roster_key,
+    Durability, ErrorCode, FunctionSpec, Incarnation, Init, JobCommand, JobKey, JobRecord, JobSpec, JobState,
+    JobSummary, Origin, Progress, Roster, SettingsChange, SettingsRevision, Version, WireError, job_key,
+    limits, roster_key,
 };
 
 use crate::jobs::{Jobs, MAX_CONFLICTS, busy, store_error, unavailable};
@@ -162,10 +163,21 @@ impl Jobs {
                 more = true;
                 break;
             }
-            // One that was deleted meanwhile is left out.
-            let (record, _) = self.registry.get::<JobRecord>(name).await.map_err(unavailable)?;
-            let Some(record) = record else { continue };
-            let roster = self.roster_of(&record).await?;
+            let record = match self.registry.get::<JobRecord>(name).await {
+                Ok((Some(record), _)) => record,
+                // It was deleted meanwhile.
+                Ok((None, _)) => continue,
+                Err(error @ RegistryError::Unreadable { .. }) => {
+                    error.log("a job is listed as unreadable");
+                    jobs.extend(unreadable(name));
+                    continue;
+                }
+                Err(error) => return Err(unavailable(error)),
+            };
+            let roster = match self.roster_of(&record).await {
+                Err(error) if error.is_retryable() => return Err(error),
+                other => other.unwrap_or_default(),
+            };
             jobs.push(summary(&record, roster.as_ref()));
         }
         let next = if more { jobs.last().map(|job: &JobSummary| job.key.clone()) } else { None };
@@ -278,7 +290,7 @@ impl Jobs {
                 Some(known) if ours(&known) => (known, revision),
                 Some(known) if replaces != Some(known.incarnation) => {
                     let text = format!(
-                        "job {key} exists (incarnation {}): delete it first, or name it as the one to be replaced",
+                        "job {key} exists (incarnation {}): delete it first, or replace it (thalweg job restore --replace)",
                         known.incarnation
                     );
                     return Err(WireError::new(ErrorCode::SpecMismatch, text));
@@ -374,6 +386,21 @@ pub(crate) fn summary(record: &JobRecord, roster: Option<&Roster>) -> JobSummary
         elements: record.layout.elements,
         durability: record.spec.durability,
     }
+}
+
+/// A job that another release wrote: its name is all that is known. Whoever asks for it hears why.
+fn unreadable(name: &str) -> Option<JobSummary> {
+    let (tenant, job) = name.strip_prefix("job.")?.split_once('.')?;
+    Some(JobSummary {
+        key: JobKey { tenant: tenant.parse().ok()?, job: job.parse().ok()? },
+        incarnation: Incarnation([0; 16]),
+        state: "unreadable".to_owned(),
+        function: "?".to_owned(),
+        workers: 0,
+        members: 0,
+        elements: 0,
+        durability: Durability::Process,
+    })
 }
 
 /// The state in which a job begins once it has a slab and a roster.

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use thalweg_broker::Queues;
+use thalweg_broker::{Queues, Said};
 use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobState, Name, Partition, WireError, subjects};
 
 use crate::{
@@ -16,6 +16,14 @@ use crate::{
 
 /// Jobs that are read again in one sweep, in case a hint of their change was lost.
 const MOST_READ: usize = 8;
+
+/// Says once that a job cannot be looked after.
+fn left_alone(key: &JobKey, error: &WireError) {
+    static SAID: Said = Said::new();
+    if SAID.is_new(&format!("{key}: {error}")) {
+        tracing::error!(%error, %key, "a job is left alone");
+    }
+}
 
 impl Gateway {
     /// The connection was lost and is back: nobody's silence meanwhile counts.
@@ -50,8 +58,13 @@ impl Gateway {
             if record.state == JobState::Deleting {
                 let now = (self.clock)();
                 self.shared().deleting.entry(record.spec.key.clone()).or_insert(now);
-            } else if let Some(roster) = self.jobs.roster_of(record).await? {
-                self.shared().remember(record, &roster);
+                continue;
+            }
+            match self.jobs.roster_of(record).await {
+                Ok(Some(roster)) => drop(self.shared().remember(record, &roster)),
+                Err(error) if error.is_retryable() => return Err(error),
+                Ok(None) => {}
+                Err(error) => left_alone(&record.spec.key, &error),
             }
         }
         Ok(())
@@ -89,7 +102,7 @@ impl Gateway {
                     tracing::debug!(%error, %key, "job not read");
                 }
             }
-            Err(error) => tracing::debug!(%error, %key, "job not read"),
+            Err(error) => left_alone(&key, &error),
         }
     }
 

@@ -47,8 +47,9 @@ impl fmt::Debug for Jobs {
     }
 }
 
+/// What a registry that does not answer, or cannot be understood, means for whoever asked.
 pub(crate) fn unavailable(error: RegistryError) -> WireError {
-    WireError::new(ErrorCode::Unavailable, error.to_string())
+    error.to_wire()
 }
 
 pub(crate) fn busy(what: &str) -> WireError {
@@ -497,11 +498,15 @@ impl Jobs {
         Ok(())
     }
 
-    /// All jobs.
+    /// All jobs that can be read: one that another release wrote must not keep anybody from the others.
     pub(crate) async fn list(&self) -> Result<Vec<JobRecord>, WireError> {
         let mut records = Vec::new();
         for key in self.registry.keys("job.").await.map_err(unavailable)? {
-            records.extend(self.registry.get::<JobRecord>(&key).await.map_err(unavailable)?.0);
+            match self.registry.get::<JobRecord>(&key).await {
+                Ok((record, _)) => records.extend(record),
+                Err(error @ RegistryError::Unreadable { .. }) => error.log("a job is left alone"),
+                Err(error) => return Err(unavailable(error)),
+            }
         }
         Ok(records)
     }

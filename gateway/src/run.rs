@@ -85,7 +85,7 @@ pub async fn run(
         .map_err(|error| GatewayError::Listen(config.http_listen, error))?;
     let mut connects = connection.connects();
     connects.mark_unchanged();
-    let Some(registry) = prepare(&connection, &streams, &shutdown).await else { return Ok(()) };
+    let Some(registry) = prepare(&connection, &streams, &report, &shutdown).await else { return Ok(()) };
     let client = connection.client.clone();
     let jobs = Jobs {
         registry: registry.clone(),
@@ -165,7 +165,7 @@ pub async fn run(
             }
             _ = renew.tick() => {
                 if let Err(error) = keeper.tick(&registry, Instant::now()).await {
-                    tracing::debug!(%error, "lease not renewed");
+                    error.log("lease not renewed");
                 }
                 gateway.lead(keeper.held_until()).await;
             }
@@ -214,6 +214,7 @@ fn tell(client: async_nats::Client) -> Sink {
 async fn prepare(
     connection: &Connection,
     streams: &StreamsConfig,
+    report: &Report,
     shutdown: &CancellationToken,
 ) -> Option<Registry> {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
@@ -225,7 +226,10 @@ async fn prepare(
         };
         match opened.await {
             Ok(registry) => return Some(registry),
-            Err(error) => tracing::info!(%error, "gateway waits for JetStream"),
+            Err(error) => {
+                tracing::info!(%error, "gateway waits for JetStream");
+                report(Some(&error.to_string()));
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(backoff.delay()) => {}

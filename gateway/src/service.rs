@@ -195,7 +195,9 @@ impl Gateway {
             Ok(_) => return None,
             Err(error) => {
                 metrics::refused(error.to_wire().code);
-                return Some(frame::seal(Kind::ApiReply, &ApiReply::Error(error.to_wire()), &[]));
+                // Another gateway may be of the sender's release.
+                let leads = self.shared().leads((self.clock)());
+                return leads.then(|| frame::seal(Kind::ApiReply, &ApiReply::Error(error.to_wire()), &[]));
             }
         };
         let known = self.shared().rosters.get(&worker.key).cloned();

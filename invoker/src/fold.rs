@@ -8,7 +8,7 @@ use thalweg_functions::{Contribution, Kind as FunctionKind, ShardContext};
 use thalweg_protocol::{GradientHeader, Kind, Suspect, checksum, frame, suspect_key};
 use thalweg_store::ShardStore;
 
-use crate::core::{FoldError, Input, Plan};
+use crate::core::{FoldError, Input, Plan, may_pass};
 
 /// What a fold needs from outside.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldE
         let job = plan.job.record.incarnation;
         let state = context.store.fetch(job, plan.shard, true).await;
         let state = state.map_err(|error| {
-            if error.is_retryable() {
+            if may_pass(&error) {
                 FoldError::Unavailable(error.to_string())
             } else {
                 FoldError::Refused(error)

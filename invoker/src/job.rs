@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use thalweg_broker::Registry;
+use thalweg_broker::{Registry, RegistryError};
 use thalweg_functions::{AggregationFunction, InvalidSettings};
 use thalweg_protocol::{
     Incarnation, JobKey, JobRecord, JobState, Roster, Round, SettingsRevision, ShardIndex, WireError,
@@ -88,11 +88,13 @@ impl Job {
     /// # Errors
     /// What is in the way, for the log; to be tried again.
     pub async fn read(registry: &Registry, key: &JobKey) -> Result<Option<Arc<Self>>, String> {
+        let said = |error: RegistryError| {
+            error.log("a job's contributions wait");
+            error.to_string()
+        };
         // In this order: a roster vouches for settings that are in a record read after it (`Roster::revision`).
-        let (roster, _) =
-            registry.get::<Roster>(&roster_key(key)).await.map_err(|error| error.to_string())?;
-        let (record, _) =
-            registry.get::<JobRecord>(&job_key(key)).await.map_err(|error| error.to_string())?;
+        let (roster, _) = registry.get::<Roster>(&roster_key(key)).await.map_err(said)?;
+        let (record, _) = registry.get::<JobRecord>(&job_key(key)).await.map_err(said)?;
         let (Some(record), Some(roster)) = (record, roster) else { return Ok(None) };
         if roster.job != record.incarnation {
             // Between two lives; the next hint or retry sees them together.

@@ -297,7 +297,7 @@ impl Shell {
                 self.placement = placement;
                 self.step(steps).await;
             }
-            Done::Placement(Err(error)) => tracing::debug!(%error, "placement not read"),
+            Done::Placement(Err(error)) => error.log("placement not read"),
             Done::Nothing => {}
         }
     }

@@ -29,7 +29,8 @@ const EXPLAIN: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub struct Client {
     connection: Connection,
-    patience: Duration,
+    /// As in [`Client::patient_for`], if that was said.
+    patience: Option<Duration>,
 }
 
 /// How a worker joins.
@@ -108,25 +109,29 @@ impl Client {
     pub async fn connect_with(config: &NatsConfig) -> Result<Self, Error> {
         let connection = Connection::open("thalweg-sdk", config, &CancellationToken::new()).await;
         let connection = connection.map_err(|error| Error::Connect(error.to_string()))?;
-        connection.map(|connection| Self { connection, patience: REQUEST * 6 }).ok_or(Error::Left)
+        connection.map(|connection| Self { connection, patience: None }).ok_or(Error::Left)
     }
 
     /// How long to wait for an answer about a job, of a gateway that may be starting; joining has waits of its own
-    /// ([`JoinOptions`]). Default 30 seconds.
+    /// ([`JoinOptions`]). Default 30 seconds, and as long as joining for [`Client::open`].
     #[must_use]
     pub fn patient_for(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+        self.patience = Some(patience);
         self
     }
 
     pub(crate) fn patience(&self) -> Patience {
-        Patience::new(self.patience)
+        Patience::new(self.patience.unwrap_or(REQUEST * 6))
     }
 
     /// Asks the gateway once.
-    async fn ask_once(&self, query: &ApiRequest) -> Result<Result<ApiReply, WireError>, RequestError> {
+    async fn ask_once(
+        &self,
+        query: &ApiRequest,
+        timeout: Duration,
+    ) -> Result<Result<ApiReply, WireError>, RequestError> {
         let kinds = (Kind::ApiRequest, Kind::ApiReply);
-        let (reply, _) = request(&self.connection.client, subjects::API, kinds, query, &[], REQUEST).await?;
+        let (reply, _) = request(&self.connection.client, subjects::API, kinds, query, &[], timeout).await?;
         Ok(match reply {
             ApiReply::Error(error) => Err(error),
             reply => Ok(reply),
@@ -153,13 +158,12 @@ impl Client {
                 // Nobody waits for an answer: whether the rank is lost is found out by what is asked.
                 let _ = self.connection.client.publish(subjects::WORKER_BEAT, frame).await;
             }
-            let hint = match self.ask_once(query).await {
+            let hint = match self.ask_once(query, REQUEST.min(patience.after)).await {
                 Ok(Ok(reply)) => return Ok(reply),
                 Ok(Err(error)) if !error.is_retryable() => return Err(error.into()),
                 Ok(Err(error)) => error.to_string(),
-                Err(RequestError::Frame(_, error)) => return Err(error.to_wire().into()),
-                Err(error @ RequestError::TooLarge(..)) => {
-                    return Err(WireError::new(ErrorCode::Limit, error.to_string()).into());
+                Err(error @ (RequestError::Frame(..) | RequestError::TooLarge(..))) => {
+                    return Err(error.to_wire().into());
                 }
                 Err(RequestError::NoResponders(_)) => {
                     "no gateway runs: start one (thalweg up, or thalweg gateway)".to_owned()
@@ -176,7 +180,8 @@ impl Client {
     /// `invalid_spec`, `limit`, `wrong_dtype` or `spec_mismatch`, naming the field.
     pub async fn open(&self, job: &Job) -> Result<JobRecord, Error> {
         let query = ApiRequest::OpenJob(job.spec()?);
-        match self.ask(&query, &mut Patience::new(JoinOptions::default().timeout)).await? {
+        let patience = self.patience.unwrap_or(JoinOptions::default().timeout);
+        match self.ask(&query, &mut Patience::new(patience)).await? {
             ApiReply::Job(record, _) => Ok(*record),
             other => Err(unexpected(&other)),
         }

@@ -11,10 +11,11 @@ use std::{
 use async_nats::jetstream::context::PublishErrorKind;
 use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use thalweg_broker::{Connection, Registry, request};
+use thalweg_broker::{Connection, Registry, RequestError, Said, request};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, ErrorCode, Head, JobRecord, Kind, Ledger, MAX_HEADS, Reject, ResultHeader, Round,
-    STREAMS_KEY, ShardIndex, StoreReply, StoreRequest, Streams, WireError, WorkerRef, frame, subjects,
+    ApiReply, ApiRequest, ErrorCode, FrameError, Head, JobRecord, Kind, Ledger, MAX_HEADS, Reject,
+    ResultHeader, Round, STREAMS_KEY, ShardIndex, StoreReply, StoreRequest, Streams, WireError, WorkerRef,
+    frame, subjects,
 };
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -204,8 +205,11 @@ impl Driver {
             Ok((header, values)) if header.job == self.worker.job => self.take(header, values),
             Ok(_) => Vec::new(),
             Err(error) => {
+                static SAID: Said = Said::new();
                 // The next question to the store brings it whole.
-                tracing::warn!(%error, "an unreadable result was ignored");
+                if SAID.is_new(&error.to_string()) {
+                    tracing::warn!(%error, "an unreadable result was ignored");
+                }
                 Vec::new()
             }
         }
@@ -228,6 +232,11 @@ impl Driver {
             Ok((reject, _)) => {
                 tracing::debug!(error = %reject.error, "a contribution was not taken");
                 self.shared.engine().reject(reject, Instant::now())
+            }
+            Err(error @ FrameError::WireVersion { .. }) => {
+                // Whoever serves the partition cannot read what this worker sends, however often.
+                self.shared.engine().fail(named("an invoker refuses contributions", &error));
+                Vec::new()
             }
             Err(error) => {
                 tracing::warn!(%error, "an unreadable reject was ignored");
@@ -309,6 +318,10 @@ impl Driver {
                     Some(Ok(Beat { window_bytes, roster_epoch, paused }))
                 }
                 Ok((ApiReply::Error(error), _)) if !error.is_retryable() => Some(Err(error)),
+                // The gateway that leads is of another release: this worker's lease ends for want of heartbeats.
+                Err(RequestError::Frame(_, error @ FrameError::WireVersion { .. })) => {
+                    Some(Err(named("the gateway", &error)))
+                }
                 // No gateway for now: training goes on with the window we have.
                 _ => None,
             })
@@ -321,8 +334,7 @@ impl Driver {
         Box::pin(async move {
             let heads = read_heads(&client, &record).await;
             let streams = read_streams(&registry, &record).await;
-            let unavailable = || WireError::new(ErrorCode::Unavailable, "the registry does not answer");
-            Done::Asked(heads.and_then(|heads| Ok((heads, streams.ok_or_else(unavailable)?))))
+            Done::Asked(heads.and_then(|heads| Ok((heads, streams?))))
         })
     }
 
@@ -332,13 +344,19 @@ impl Driver {
     }
 }
 
+/// An unreadable message, and whose it is.
+fn named(whose: &str, error: &FrameError) -> WireError {
+    WireError::new(error.to_wire().code, format!("{whose}: {error}"))
+}
+
 /// When the stream of each shard was created.
-pub(crate) async fn read_streams(registry: &Registry, record: &JobRecord) -> Option<Vec<i64>> {
-    let (streams, _) = registry.get::<Streams>(STREAMS_KEY).await.ok()?;
-    let streams = streams?;
+pub(crate) async fn read_streams(registry: &Registry, record: &JobRecord) -> Result<Vec<i64>, WireError> {
+    let (streams, _) = registry.get::<Streams>(STREAMS_KEY).await.map_err(|error| error.to_wire())?;
+    let missing = || WireError::new(ErrorCode::Unavailable, "the registry knows no streams yet");
+    let streams = streams.ok_or_else(missing)?;
     let created =
         |shard| streams.created.get(usize::from(record.partition(shard))).copied().unwrap_or_default();
-    Some((0..record.layout.shards()).map(created).collect())
+    Ok((0..record.layout.shards()).map(created).collect())
 }
 
 /// Asks the job's store.
@@ -352,7 +370,7 @@ pub(crate) async fn ask_store(
     match request(client, &subjects::store(record.store), kinds, &query, payload, REQUEST).await {
         Ok((StoreReply::Error(error), _)) => Err(error),
         Ok(reply) => Ok(reply),
-        Err(error) => Err(WireError::new(ErrorCode::Unavailable, format!("store: {error}"))),
+        Err(error) => Err(WireError::new(error.to_wire().code, format!("store: {error}"))),
     }
 }
 

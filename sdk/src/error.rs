@@ -12,7 +12,7 @@ pub enum Error {
     #[error("cannot connect to NATS: {0}")]
     Connect(String),
     /// Nobody answered in time.
-    #[error("{what}: no answer within {after:?}. {hint}")]
+    #[error("waited {after:?} for {what}, in vain: {hint}")]
     TimedOut {
         /// What was waited for.
         what: String,
@@ -58,6 +58,8 @@ pub enum Error {
         path: String,
         /// What the file system, or the file's contents, say.
         reason: String,
+        /// The kind of it: `NotFound` for a file that is not there.
+        kind: std::io::ErrorKind,
     },
     /// The worker has been shut down.
     #[error("this worker has left its job")]

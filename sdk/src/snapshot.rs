@@ -73,8 +73,21 @@ pub struct RestoreOptions {
     pub timeout: Option<Duration>,
 }
 
-fn failed(path: &Path, reason: &dyn std::fmt::Display) -> Error {
-    Error::File { path: path.display().to_string(), reason: reason.to_string() }
+fn failed(path: &Path, error: &std::io::Error) -> Error {
+    Error::File { path: path.display().to_string(), reason: error.to_string(), kind: error.kind() }
+}
+
+/// A file that goes with this, unless it got its name.
+#[derive(Debug)]
+struct Partial(Option<PathBuf>);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if let Some(path) = self.0.take() {
+            // What cannot be removed shows by its name that it is not whole.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Runs file work off the async threads.
@@ -83,7 +96,7 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Error> {
     let result = tokio::task::spawn_blocking(work).await;
-    result.map_err(|error| failed(path, &error))?.map_err(|error| failed(path, &error))
+    result.map_err(|error| failed(path, &error.into()))?.map_err(|error| failed(path, &error))
 }
 
 fn read_contents(file: &File) -> std::io::Result<Contents> {
@@ -209,7 +222,7 @@ impl Client {
     ///
     /// `progress` hears of bytes done and of all.
     ///
-    /// Cancelled, it leaves at most a file that ends in `.partial`.
+    /// Cancelled, it leaves nothing; killed, a file that ends in `.partial`, which nothing reads.
     ///
     /// # Errors
     /// `not_ready` for a job without parameters; `expired` when the store was restarted meanwhile: begin again;
@@ -221,6 +234,9 @@ impl Client {
         options: &SnapshotOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Snapshot, Error> {
+        if path.is_dir() {
+            return Err(failed(path, &std::io::ErrorKind::IsADirectory.into()));
+        }
         let (mut record, _) = self.job(key).await?;
         let (job, hold) = (record.incarnation, Incarnation::random());
         let mut patience = Patience::new(options.timeout);
@@ -244,7 +260,9 @@ impl Client {
         let (data, sections) = (header.len() as u64, 1 + u64::from(record.slots));
         let section_bytes = 4 * record.layout.elements;
         let total = data + sections * section_bytes;
-        let partial = PathBuf::from(format!("{}.partial", path.display()));
+        // Of its own, should two write to one name at once: the last one wins, and each is whole.
+        let partial = PathBuf::from(format!("{}.{hold}.partial", path.display()));
+        let mut guard = Partial(Some(partial.clone()));
         let target = partial.clone();
         let file = blocking(path, move || {
             let mut file = File::create(target)?;
@@ -280,6 +298,7 @@ impl Client {
             File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
         })
         .await?;
+        guard.0 = None;
         // Forgotten by itself soon, if this does not arrive.
         let _ = ask_store(self.nats(), &record, StoreRequest::Release { job, hold }, &[]).await;
         Ok(Snapshot { key: key.clone(), incarnation: job, version, bytes: total })
@@ -382,7 +401,7 @@ fn describe(path: &Path, options: &RestoreOptions, contents: &Contents) -> Resul
         (None, Some((spec, function, version))) => Ok((spec.clone(), Some(function.clone()), *version)),
         (None, None) => {
             let text = "no snapshot of Thalweg's: say which job to create from it (function, workers)";
-            Err(failed(path, &text))
+            Err(failed(path, &std::io::Error::new(std::io::ErrorKind::InvalidData, text)))
         }
     }
 }

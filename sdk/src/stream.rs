@@ -5,12 +5,14 @@ use std::time::Duration;
 use async_nats::{
     HeaderMap,
     jetstream::{
+        ErrorCode as JetStreamError,
         consumer::{self, DeliverPolicy, pull},
-        stream::RawMessageErrorKind,
+        context::GetStreamErrorKind,
+        stream::{self, RawMessageErrorKind},
     },
 };
 use futures::{Stream, StreamExt as _};
-use thalweg_protocol::{Event, JobKey, subjects};
+use thalweg_protocol::{ErrorCode, Event, JobKey, WireError, subjects};
 
 use crate::{Client, Error};
 
@@ -47,7 +49,7 @@ pub struct DeadLetter {
 }
 
 fn nats(error: &impl std::fmt::Display) -> Error {
-    Error::Connect(error.to_string())
+    WireError::new(ErrorCode::Unavailable, format!("JetStream: {error}")).into()
 }
 
 fn letter(sequence: u64, at: i128, subject: &str, headers: &HeaderMap, frame: bytes::Bytes) -> DeadLetter {
@@ -69,6 +71,19 @@ fn letter(sequence: u64, at: i128, subject: &str, headers: &HeaderMap, frame: by
 }
 
 impl Client {
+    async fn stream(&self, name: &str) -> Result<stream::Stream, Error> {
+        self.jetstream().get_stream(name).await.map_err(|error| match error.kind() {
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == JetStreamError::STREAM_NOT_FOUND =>
+            {
+                let text =
+                    "no gateway has run on this NATS server yet: start one (thalweg up, or thalweg gateway)";
+                WireError::new(ErrorCode::Unavailable, text).into()
+            }
+            _ => nats(&error),
+        })
+    }
+
     /// Reads a stream from its beginning, or from now on, through a consumer that goes with this call.
     async fn read(
         &self,
@@ -76,7 +91,7 @@ impl Client {
         filter: String,
         deliver_policy: DeliverPolicy,
     ) -> Result<(consumer::Consumer<pull::OrderedConfig>, u64), Error> {
-        let stream = self.jetstream().get_stream(stream).await.map_err(|error| nats(&error))?;
+        let stream = self.stream(stream).await?;
         let config =
             pull::OrderedConfig { filter_subject: filter, deliver_policy, ..pull::OrderedConfig::default() };
         let consumer = stream.create_consumer(config).await.map_err(|error| nats(&error))?;
@@ -138,8 +153,7 @@ impl Client {
     /// # Errors
     /// When JetStream does not answer.
     pub async fn dead_letter(&self, sequence: u64) -> Result<Option<DeadLetter>, Error> {
-        let stream = self.jetstream().get_stream(subjects::DEAD_LETTER_STREAM).await;
-        let stream = stream.map_err(|error| nats(&error))?;
+        let stream = self.stream(subjects::DEAD_LETTER_STREAM).await?;
         match stream.get_raw_message(sequence).await {
             Ok(message) => Ok(Some(letter(
                 sequence,
@@ -160,8 +174,11 @@ impl Client {
     /// When its subject is not known (it was put aside by an older release), or JetStream does not answer.
     pub async fn requeue(&self, letter: &DeadLetter) -> Result<(), Error> {
         let Some(subject) = letter.subject.clone() else {
-            let text = format!("dead letter {}: nobody noted which subject it was sent to", letter.sequence);
-            return Err(Error::Connect(text));
+            let text = format!(
+                "dead letter {}: an older release put it aside, and did not note which subject it was sent to",
+                letter.sequence
+            );
+            return Err(WireError::new(ErrorCode::Malformed, text).into());
         };
         let published = self.jetstream().publish(subject, letter.frame.clone()).await;
         published.map_err(|error| nats(&error))?.await.map_err(|error| nats(&error))?;
@@ -173,8 +190,7 @@ impl Client {
     /// # Errors
     /// When there is none, or JetStream does not answer.
     pub async fn remove_dead_letter(&self, sequence: u64) -> Result<(), Error> {
-        let stream = self.jetstream().get_stream(subjects::DEAD_LETTER_STREAM).await;
-        let stream = stream.map_err(|error| nats(&error))?;
+        let stream = self.stream(subjects::DEAD_LETTER_STREAM).await?;
         stream.delete_message(sequence).await.map(drop).map_err(|error| nats(&error))
     }
 }

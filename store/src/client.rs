@@ -76,8 +76,7 @@ impl Route for NatsRoute {
         }
         request(&self.client, &self.subject, kinds, query, payload, TIMEOUT).await.map_err(
             |error| match error {
-                RequestError::TooLarge(..) => StoreError::refused(ErrorCode::Limit, error.to_string()),
-                RequestError::Frame(_, error) => StoreError::Refused(error.to_wire()),
+                RequestError::TooLarge(..) | RequestError::Frame(..) => StoreError::Refused(error.to_wire()),
                 error => StoreError::Unavailable(error.to_string()),
             },
         )

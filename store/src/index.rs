@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Incarnation, ShardIndex, StoreJob, frame};
+use thalweg_protocol::{FrameError, Incarnation, ShardIndex, StoreJob, frame};
 
 /// The last copy of a shard that is known to survive power loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,7 +194,12 @@ fn corrupt(key: &[u8]) -> io::Error {
 }
 
 fn read<T: serde::de::DeserializeOwned>(key: &[u8], value: &[u8]) -> io::Result<T> {
-    frame::open_record(&Bytes::copy_from_slice(value)).map_err(|_| corrupt(key))
+    frame::open_record(&Bytes::copy_from_slice(value)).map_err(|error| match error {
+        FrameError::WireVersion { .. } => {
+            io::Error::new(io::ErrorKind::Unsupported, format!("the index: {error}"))
+        }
+        _ => corrupt(key),
+    })
 }
 
 impl Index for SledIndex {

@@ -110,7 +110,9 @@ impl LocalStore {
         let slabs: Slabs = Arc::new(Mutex::new(BTreeMap::new()));
         let mut changes = Vec::new();
         for name in disk.list()?.into_iter().filter(|name| name.ends_with(SLAB_SUFFIX)) {
-            let Some(slab) = Slab::open(disk.open(&name)?, signals.clone())? else {
+            let slab = Slab::open(disk.open(&name)?, signals.clone());
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
+            let Some(slab) = slab.map_err(named)? else {
                 tracing::warn!(
                     name,
                     "a file that is no slab was left alone; remove it once you know what it is"

@@ -57,9 +57,12 @@ impl Config {
 ///
 /// # Errors
 /// [`ErrorCode::StoreMismatch`] when the registry names another data directory and `replace` is off;
-/// `Unavailable` when the registry does not answer.
+/// [`ErrorCode::WireVersion`] when another release wrote what it says; `Unavailable` when the registry does not answer.
 pub async fn announce(registry: &Registry, id: StoreId, config: &Config) -> Result<(), StoreError> {
-    let unavailable = |error: RegistryError| StoreError::Unavailable(error.to_string());
+    let unavailable = |error: RegistryError| match error {
+        RegistryError::Unavailable(_) => StoreError::Unavailable(error.to_string()),
+        RegistryError::Unreadable { .. } => StoreError::Refused(error.to_wire()),
+    };
     loop {
         let (known, revision) = registry.get::<StoreRecord>(STORE_KEY).await.map_err(unavailable)?;
         let location = std::path::absolute(&config.data_dir).unwrap_or_else(|_| config.data_dir.clone());

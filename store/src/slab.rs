@@ -132,7 +132,7 @@ impl Slab {
 
     /// Opens a slab; `None` when the file has no whole superblock (a creation cut short).
     pub(crate) fn open(file: Arc<dyn DiskFile>, signals: Arc<Signals>) -> io::Result<Option<Self>> {
-        let Some(superblock) = Superblock::read(&*file) else { return Ok(None) };
+        let Some(superblock) = Superblock::read(&*file)? else { return Ok(None) };
         let job = superblock.job.clone();
         let geometry = SlotGeometry::of(&job);
         let (shard_count, spare_count) = Self::parts(&job);

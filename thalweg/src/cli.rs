@@ -40,14 +40,15 @@ enum Command {
     /// Messages that nobody could process
     #[command(subcommand)]
     Deadletter(admin::DeadLetterCommand),
-    /// What happens to jobs: created, started, joined, left, paused, failed, ...
     Events(admin::EventsArgs),
     /// Completions for a shell, on standard output
+    #[command(after_help = COMPLETIONS)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
     /// Man pages of all commands, into a directory
+    #[command(after_help = MAN)]
     Man {
         /// The directory; created if it is not there
         directory: PathBuf,
@@ -63,6 +64,17 @@ enum Command {
     #[command(hide = true)]
     BenchFolder(bench::FolderArgs),
 }
+
+const COMPLETIONS: &str = "\
+Examples:
+  thalweg completions bash > ~/.local/share/bash-completion/completions/thalweg
+  thalweg completions zsh > \"${fpath[1]}/_thalweg\"
+  thalweg completions fish > ~/.config/fish/completions/thalweg.fish
+";
+const MAN: &str = "\
+Example:
+  thalweg man ~/.local/share/man/man1 && man thalweg-job-snapshot
+";
 
 /// Flags of every service.
 #[derive(Debug, Args)]
@@ -125,6 +137,35 @@ impl Common {
 }
 
 impl Cli {
+    /// Reads the arguments; ends the process where they are wrong, or ask for help.
+    #[must_use]
+    pub fn read() -> Self {
+        let error = match Self::try_parse() {
+            Ok(cli) => return cli,
+            Err(error) => error,
+        };
+        // Nobody knows yet which command it is, so its word alone counts.
+        if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+            let text = error.render().to_string();
+            let message = text.strip_prefix("error: ").unwrap_or(&text).trim();
+            eprintln!("{}", serde_json::json!({ "error": { "code": "usage", "message": message } }));
+            std::process::exit(error.exit_code());
+        }
+        error.exit()
+    }
+
+    /// Whether errors are wanted as JSON.
+    #[must_use]
+    pub fn json(&self) -> bool {
+        match &self.command {
+            Command::Job(command) => command.target().json,
+            Command::Status(target) => target.json,
+            Command::Deadletter(command) => command.target().json,
+            Command::Events(args) => args.target().json,
+            _ => false,
+        }
+    }
+
     /// Does what was asked.
     ///
     /// # Errors
@@ -168,12 +209,17 @@ impl Cli {
             Command::Deadletter(command) => runtime()?.block_on(admin::dead_letter(command)),
             Command::Events(args) => runtime()?.block_on(admin::events(args)),
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "thalweg", &mut std::io::stdout());
-                Ok(())
+                // Into memory first: it panics where it cannot write.
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "thalweg", &mut text);
+                admin::print(&String::from_utf8_lossy(&text))
             }
-            Command::Man { directory } => std::fs::create_dir_all(&directory)
-                .and_then(|()| clap_mangen::generate_to(Self::command(), &directory))
-                .with_context(|| format!("man pages into {}", directory.display())),
+            Command::Man { directory } => {
+                std::fs::create_dir_all(&directory)
+                    .and_then(|()| clap_mangen::generate_to(Self::command(), &directory))
+                    .with_context(|| format!("man pages into {}", directory.display()))?;
+                admin::print(&format!("man pages are in {}", directory.display()))
+            }
             Command::Demo(args) => runtime()?.block_on(demo::run(args)),
             Command::Bench(args) => bench::run(args),
             Command::DemoWorker(args) => runtime()?.block_on(demo::worker(args)),
@@ -183,9 +229,19 @@ impl Cli {
     }
 }
 
-/// The exit code for an error, as `thalweg --help` lists them.
+/// Says what went wrong; returns the exit code, as `thalweg --help` lists them.
 #[must_use]
-pub fn exit_code(error: &anyhow::Error) -> u8 {
+pub fn report(error: &anyhow::Error, json: bool) -> u8 {
+    let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    if kind == Some(std::io::ErrorKind::BrokenPipe) {
+        // Whoever read standard output has seen enough.
+        return 0;
+    }
+    if json {
+        eprintln!("{}", admin::describe_error(error));
+    } else {
+        eprintln!("thalweg: {error:#}");
+    }
     admin::exit_code(error)
 }
 

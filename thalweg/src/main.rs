@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 /// What glibc's allocator is told, unless somebody has told it something already. By default it gives the
 /// memory of every large message back to the kernel, which fills it with zeros for the next one; keeping it
 /// saves a fifth of all CPU time under load (see ARCHITECTURE.md). It reads this only when a process starts.
@@ -35,11 +33,10 @@ fn keep_memory() {
 fn main() -> ExitCode {
     keep_memory();
     thalweg_broker::stage::arm();
-    match thalweg::cli::Cli::parse().run() {
+    let cli = thalweg::cli::Cli::read();
+    let json = cli.json();
+    match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("thalweg: {error:#}");
-            ExitCode::from(thalweg::cli::exit_code(&error))
-        }
+        Err(error) => ExitCode::from(thalweg::cli::report(&error, json)),
     }
 }

@@ -104,7 +104,10 @@ async fn find_store(
                 reported = true;
             }
             Ok(None) => {}
-            Err(error) => tracing::debug!(%error, "registry not read"),
+            Err(error) => {
+                error.log("waiting for a store");
+                report(Some(&error.to_string()));
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(Duration::from_millis(100)) => {}

@@ -16,6 +16,7 @@ use std::{
 
 use thalweg_protocol::{ErrorCode, Incarnation, JobKey, Partition, Reject, ShardIndex, WireError};
 
+pub(crate) use types::may_pass;
 pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis, Plan, ShardKey};
 
 use crate::{Job, metrics};

@@ -7,7 +7,7 @@ use thalweg_protocol::{
 use thalweg_store::StoreError;
 
 use super::{
-    Action, Core, FoldError, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone,
+    Action, Core, FoldError, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone, may_pass,
     shard::{Gathering, Payload, Shard},
 };
 use crate::{Job, metrics};
@@ -122,7 +122,7 @@ impl Core {
                 }
                 self.evaluate(key);
             }
-            Err(error) if error.is_retryable() => {
+            Err(error) if may_pass(&error) => {
                 tracing::debug!(%error, "head not read; trying again");
                 self.later(RETRY_MS, Timer::ReadHead(key));
             }
@@ -426,7 +426,7 @@ impl Core {
                 }
                 self.look_up(name);
             }
-            Err(error) if error.is_retryable() => {
+            Err(error) if may_pass(&error) => {
                 tracing::debug!(%error, "commit is tried again");
                 self.later(RETRY_MS, Timer::Recommit(id));
             }

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use thalweg_broker::Said;
 use thalweg_protocol::{
-    Commit, CommitOutcome, Head, Incarnation, JobKey, Ledger, Partition, Rank, Reject, ResultHeader, Round,
-    ShardIndex, WireError,
+    Commit, CommitOutcome, ErrorCode, Head, Incarnation, JobKey, Ledger, Partition, Rank, Reject,
+    ResultHeader, Round, ShardIndex, WireError,
 };
 use thalweg_store::StoreError;
 
@@ -150,4 +151,15 @@ pub struct Input {
     pub checksum: u64,
     /// Its values; `None` when parked.
     pub values: Option<Bytes>,
+}
+
+/// Whether the store may do later what it does not do now. One of another release is no reason to fail a job: it
+/// will be there in the right one, or this invoker will.
+pub(crate) fn may_pass(error: &StoreError) -> bool {
+    static SAID: Said = Said::new();
+    let skew = error.code() == ErrorCode::WireVersion;
+    if skew && SAID.is_new(&error.to_string()) {
+        tracing::error!(%error, "the store is of another release: rounds wait");
+    }
+    skew || error.is_retryable()
 }

@@ -4,7 +4,7 @@ use std::io;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Incarnation, StoreJob, frame};
+use thalweg_protocol::{FrameError, Incarnation, StoreJob, frame};
 
 use crate::{disk::DiskFile, rules::Fences, slot::PAGE};
 
@@ -28,15 +28,31 @@ impl Superblock {
     }
 
     /// The newer of the whole copies.
-    pub(super) fn read(file: &dyn DiskFile) -> Option<Self> {
+    ///
+    /// # Errors
+    /// Of kind `Unsupported` when there is none but of another wire version: such a file is no garbage.
+    pub(super) fn read(file: &dyn DiskFile) -> io::Result<Option<Self>> {
         let copies = (0..2_u64).filter_map(|copy| {
             let mut area = vec![0; SUPERBLOCK];
             file.read_at(&mut area, copy * SUPERBLOCK as u64).ok()?;
             let len = u32::from_be_bytes([area[0], area[1], area[2], area[3]]) as usize;
             let end = len.checked_add(4).filter(|&end| len > 0 && end <= area.len())?;
-            frame::open_record::<Self>(&Bytes::from(area).slice(4..end)).ok()
+            Some(frame::open_record::<Self>(&Bytes::from(area).slice(4..end)))
         });
-        copies.max_by_key(|superblock| superblock.generation)
+        let (mut newest, mut foreign) = (None::<Self>, None);
+        for copy in copies {
+            match copy {
+                Ok(copy) if newest.as_ref().is_none_or(|newest| newest.generation < copy.generation) => {
+                    newest = Some(copy);
+                }
+                Err(error @ FrameError::WireVersion { .. }) => foreign = Some(error),
+                _ => {}
+            }
+        }
+        match (newest, foreign) {
+            (None, Some(error)) => Err(io::Error::new(io::ErrorKind::Unsupported, error)),
+            (newest, _) => Ok(newest),
+        }
     }
 
     pub(super) fn write(&mut self, file: &dyn DiskFile) -> io::Result<()> {

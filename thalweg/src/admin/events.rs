@@ -4,10 +4,21 @@ use clap::Args;
 use futures::StreamExt as _;
 use thalweg_sdk::{Event, EventKind, EventsOptions, JobKey};
 
-use super::{Target, parse_job, print, time};
+use super::{Target, count, parse_job, print, time};
 
-/// Shows what happened to jobs in the last week, oldest first; with --json one object a line.
+const EXAMPLES: &str = "\
+Examples:
+  thalweg events --job digits                  what happened to one job in the last week
+  thalweg events -n 20                         the last twenty events of all
+  thalweg events --follow -n 0 --json | jq .event
+";
+
+/// What happened to jobs in the last week, and with --follow what happens from now on
+///
+/// Oldest first: created, started, joined, left, paused, settings changed, failed, deleted. With --json one object a
+/// line.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct EventsArgs {
     #[command(flatten)]
     target: Target,
@@ -20,6 +31,12 @@ pub(crate) struct EventsArgs {
     /// Only so many of the past, the newest
     #[arg(long, short = 'n', value_name = "COUNT")]
     last: Option<usize>,
+}
+
+impl EventsArgs {
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
 }
 
 pub(crate) async fn events(args: EventsArgs) -> anyhow::Result<()> {
@@ -40,10 +57,10 @@ pub(crate) async fn events(args: EventsArgs) -> anyhow::Result<()> {
 fn line(event: &Event) -> String {
     let what = match &event.kind {
         EventKind::Created { function, workers, elements, version: 0 } => {
-            format!("created: {function}, {workers} workers, {elements} elements")
+            format!("created: {function}, {}, {}", count(*workers, "worker"), count(*elements, "element"))
         }
         EventKind::Created { function, workers, version, .. } => {
-            format!("created: {function}, {workers} workers, goes on after round {version}")
+            format!("created: {function}, {}, goes on after round {version}", count(*workers, "worker"))
         }
         EventKind::Ready => "its parameters are there".to_owned(),
         EventKind::Started => "all founding workers have joined".to_owned(),

@@ -11,14 +11,43 @@ use thalweg_sdk::{
     SnapshotOptions,
 };
 
+use anyhow::Context as _;
+
 use super::{
-    NotFound, Target, bytes,
+    Complaint, Target, bytes, count,
     model::{JobArgs, parse_group_setting, parse_setting, read_spec},
-    parse_job, print, table,
+    parse_job, parse_wait, print, table,
 };
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  thalweg job create digits --tensor weight:64x10 --tensor bias:10 --workers 4
+  thalweg job create digits --tensor weight:64x10 --function sgd --set lr=0.1 --set momentum=0.9
+  thalweg job create finetune --from model.safetensors --function adamw --set lr=1e-4
+  thalweg job show digits --json > digits.json && thalweg job create again --spec digits.json
+";
+const SET_EXAMPLES: &str = "\
+Examples:
+  thalweg job set digits lr=0.01                       as soon as possible; the answer names the round
+  thalweg job set digits lr=0.01 --from-round 5000
+  thalweg job set digits --group 1:weight_decay=0
+";
+const SNAPSHOT_EXAMPLES: &str = "\
+The file is safetensors; it appears under its name when it is complete and on disk, in place of one that was there.
+
+Examples:
+  thalweg job snapshot digits digits.safetensors
+  thalweg job snapshot digits weights.safetensors --parameters-only --rate 0
+";
+const RESTORE_EXAMPLES: &str = "\
+Examples:
+  thalweg job restore digits.safetensors --replace     go back: workers have to join again
+  thalweg job restore digits.safetensors --as digits-2 beside the job it was taken of
+";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum JobCommand {
+    #[command(after_help = CREATE_EXAMPLES)]
     /// Create a job, or say that it exists alike; training loops create theirs by themselves
     Create {
         #[command(flatten)]
@@ -26,7 +55,7 @@ pub(crate) enum JobCommand {
         #[command(flatten)]
         job: Box<JobArgs>,
         /// A whole specification in JSON or TOML instead of flags, as `show --json` prints it under "spec"
-        #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "tensors"])]
+        #[arg(long, value_name = "FILE", conflicts_with = "JobArgs")]
         spec: Option<PathBuf>,
     },
     /// List jobs
@@ -53,6 +82,7 @@ pub(crate) enum JobCommand {
         #[arg(long)]
         force: bool,
     },
+    #[command(after_help = SET_EXAMPLES)]
     /// Change settings, such as the learning rate, from some round on
     Set {
         #[command(flatten)]
@@ -67,6 +97,7 @@ pub(crate) enum JobCommand {
         #[arg(long, value_name = "ROUND")]
         from_round: Option<u64>,
     },
+    #[command(after_help = SNAPSHOT_EXAMPLES)]
     /// Write a job's state at one round to a safetensors file, while training goes on
     Snapshot {
         #[command(flatten)]
@@ -77,12 +108,13 @@ pub(crate) enum JobCommand {
         #[arg(long)]
         parameters_only: bool,
         /// MiB a second to read at most, so that training is not held up; 0 for as fast as it goes
-        #[arg(long, default_value_t = 128)]
+        #[arg(long, value_name = "MIB", default_value_t = 128)]
         rate: u64,
-        /// Longest wait for the round to end, seconds
-        #[arg(long, default_value_t = 300)]
-        patience: u64,
+        /// Longest wait for the round to end on all shards, such as 5m
+        #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = parse_wait)]
+        patience: std::time::Duration,
     },
+    #[command(after_help = RESTORE_EXAMPLES)]
     /// Create a job from a snapshot; it goes on after the snapshot's round
     Restore {
         #[command(flatten)]
@@ -96,6 +128,20 @@ pub(crate) enum JobCommand {
         #[arg(long)]
         replace: bool,
     },
+}
+
+impl JobCommand {
+    pub(crate) fn target(&self) -> &Target {
+        match self {
+            Self::Ls { target, .. } | Self::Restore { target, .. } => target,
+            Self::Show(one) | Self::Resume(one) => &one.target,
+            Self::Pause(reason) | Self::Abort(reason) => &reason.one.target,
+            Self::Create { one, .. }
+            | Self::Rm { one, .. }
+            | Self::Set { one, .. }
+            | Self::Snapshot { one, .. } => &one.target,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -139,8 +185,8 @@ pub(crate) async fn job(command: JobCommand) -> anyhow::Result<()> {
         JobCommand::Snapshot { one, file, parameters_only, rate, patience } => {
             let options = SnapshotOptions {
                 parameters_only,
-                timeout: std::time::Duration::from_secs(patience),
-                bytes_per_s: rate << 20,
+                timeout: patience,
+                bytes_per_s: rate.saturating_mul(1 << 20),
             };
             let client = one.target.connect().await?;
             let bar = byte_bar(&one.target);
@@ -148,9 +194,7 @@ pub(crate) async fn job(command: JobCommand) -> anyhow::Result<()> {
                 bar.set_length(all);
                 bar.set_position(done);
             });
-            let taken = taken.await;
-            bar.finish_and_clear();
-            let taken = taken?;
+            let taken = interruptible(&bar, taken, "no file was written").await?;
             let value = json!({
                 "job": taken.key.to_string(),
                 "incarnation": taken.incarnation.to_string(),
@@ -195,11 +239,11 @@ async fn restore(target: &Target, file: &std::path::Path, options: RestoreOption
         bar.set_length(all);
         bar.set_position(done);
     });
-    let restored = restored.await;
-    bar.finish_and_clear();
-    let record = restored?;
-    target.show(&describe(&record, None), |_| {
-        format!("job {} goes on after round {}", record.spec.key, record.first_version())
+    let hint = "the job waits for its parameters: restore it again with --replace, or remove it";
+    let record = interruptible(&bar, restored, hint).await?;
+    target.show(&describe(&record, None), |_| match record.first_version() {
+        0 => format!("job {} begins with the parameters of {}", record.spec.key, file.display()),
+        version => format!("job {} goes on after round {version}", record.spec.key),
     })
 }
 
@@ -215,14 +259,16 @@ async fn remove(one: &One, force: bool) -> anyhow::Result<()> {
         // One that is half made or half deleted has no members, and can be removed.
         let jobs = client.jobs(Some(&one.key.tenant)).await?;
         let Some(job) = jobs.iter().find(|job| job.key == one.key) else {
-            return Err(NotFound(format!("no job {}: see `thalweg job ls`", one.key)).into());
+            return Err(unknown(&one.key));
         };
-        anyhow::ensure!(
-            job.members == 0,
-            "{} workers are in job {}: stop them first, abort the job, or remove it with --force",
-            job.members,
-            one.key
-        );
+        if job.members > 0 {
+            let text = format!(
+                "{} in job {}: stop them first, or remove it with --force; they get an error then",
+                count(job.members, "worker"),
+                one.key
+            );
+            return Err(Complaint::Refused(text).into());
+        }
     }
     client.delete(&one.key).await?;
     one.target
@@ -270,10 +316,28 @@ fn list(jobs: &[JobSummary]) -> String {
 
 async fn show(one: &One) -> anyhow::Result<()> {
     let client = one.target.connect().await?;
+    // One that is half made or half deleted has no roster to wait for.
+    let jobs = client.jobs(Some(&one.key.tenant)).await?;
+    let Some(summary) = jobs.iter().find(|job| job.key == one.key) else { return Err(unknown(&one.key)) };
+    if matches!(summary.state.as_str(), "creating" | "deleting") {
+        let value = json!({
+            "job": one.key.to_string(),
+            "incarnation": summary.incarnation.to_string(),
+            "state": summary.state,
+        });
+        return one.target.show(&value, |_| {
+            format!(
+                "job          {} (incarnation {})\nstate        {}; if that does not pass, its maker was killed: \
+                 create or remove it again",
+                one.key, summary.incarnation, summary.state
+            )
+        });
+    }
     let (record, roster) = client.job(&one.key).await?;
     let mut value = describe(&record, Some(&roster));
-    // A job whose store is away, or that has lost rounds, can be shown all the same.
-    match client.progress(&one.key).await {
+    // A job whose store is away, or that has lost rounds, can be shown all the same, and soon.
+    let patience = one.target.timeout.min(std::time::Duration::from_secs(3));
+    match client.patient_for(patience).progress(&one.key).await {
         Ok(progress) => value["progress"] = json!(progress),
         Err(error) => value["progress_error"] = json!(error.to_string()),
     }
@@ -319,7 +383,7 @@ fn sheet(record: &JobRecord, roster: &Roster, value: &Value) -> String {
     let mut line = |name: &str, text: String| lines.push(format!("{name:<12} {text}"));
     line("state", record.state.name().to_owned());
     if let Some(reason) = &record.life.paused {
-        line("paused", reason.clone());
+        line("paused", if reason.is_empty() { "no reason given".to_owned() } else { reason.clone() });
     }
     if let Some(error) = record.state.end(&spec.key) {
         line("error", error.to_string());
@@ -331,17 +395,26 @@ fn sheet(record: &JobRecord, roster: &Roster, value: &Value) -> String {
         (Some(progress), _) => {
             line("round", format!("{}, some shards {}", progress["min"], progress["max"]));
         }
-        (_, error) => line("round", error.map_or_else(String::new, ToString::to_string)),
+        (_, error) => {
+            let text = error.and_then(Value::as_str).unwrap_or_default();
+            line("round", format!("not known: {text}"));
+        }
     }
     let shards = record.layout.shards();
     let size = bytes(record.layout.elements * 4);
-    line("model", format!("{} tensors, {size}, {shards} shards", spec.tensors.len()));
+    let tensors = count(spec.tensors.len() as u64, "tensor");
+    line("model", format!("{tensors}, {size}, {}", count(shards, "shard")));
     for revision in &record.settings {
-        let settings = serde_json::to_string(&revision.function.settings).unwrap_or_default();
-        line(
-            "function",
-            format!("{} {settings} from round {} on", revision.function.name, revision.from_round),
-        );
+        let groups = revision.function.groups.iter().enumerate();
+        let groups = groups.filter(|(_, group)| !group.settings.is_empty());
+        let groups = groups.map(|(index, group)| format!("{index}:[{}]", listed(&group.settings)));
+        let settings = std::iter::once(listed(&revision.function.settings)).chain(groups);
+        let settings = settings.collect::<Vec<_>>().join(" ");
+        let from = match revision.from_round {
+            0 => String::new(),
+            round => format!(" (revision {}, from round {round} on)", revision.revision),
+        };
+        line("function", format!("{} {settings}", revision.function.name).trim_end().to_owned() + &from);
     }
     line("durability", spec.durability.to_string());
     if let Some(quorum) = spec.quorum {
@@ -357,6 +430,32 @@ fn sheet(record: &JobRecord, roster: &Roster, value: &Value) -> String {
         lines.push(table(&["rank", "worker", "from round"], rows));
     }
     lines.join("\n")
+}
+
+fn listed(settings: &thalweg_protocol::Settings) -> String {
+    let one = |(name, value): (&String, &Setting)| match value {
+        Setting::Flag(flag) => format!("{name}={flag}"),
+        Setting::Number(number) => format!("{name}={number}"),
+    };
+    settings.iter().map(one).collect::<Vec<_>>().join(" ")
+}
+
+fn unknown(key: &JobKey) -> anyhow::Error {
+    Complaint::NotFound(format!("no job {key}: check tenant and name (thalweg job ls)")).into()
+}
+
+/// Waits for the end, or for Ctrl-C; what was begun then cleans up after itself.
+async fn interruptible<T>(
+    bar: &ProgressBar,
+    work: impl Future<Output = Result<T, thalweg_sdk::Error>>,
+    hint: &str,
+) -> anyhow::Result<T> {
+    let done = tokio::select! {
+        done = work => Some(done),
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    bar.finish_and_clear();
+    Ok(done.with_context(|| format!("interrupted: {hint}"))??)
 }
 
 fn bar(target: &Target) -> ProgressBar {

@@ -7,6 +7,8 @@ use clap::{Args, ValueEnum};
 use thalweg_protocol::TensorSpec;
 use thalweg_sdk::{Durability, FunctionSpec, Job, JobKey, NonFinite, OnLoss, Setting, model_of};
 
+use super::Complaint;
+
 /// A job's model, function and guarantees.
 #[derive(Debug, Args)]
 pub(crate) struct JobArgs {
@@ -58,8 +60,11 @@ enum DurabilityArg {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum NonFiniteArg {
+    /// They are added like any other value
     Propagate,
+    /// The contribution counts as absent in its shard
     Void,
+    /// The job fails
     Fail,
 }
 
@@ -80,10 +85,11 @@ impl JobArgs {
             Some(path) => model_of(path)?,
             None => self.tensors.clone(),
         };
-        anyhow::ensure!(
-            !tensors.is_empty(),
-            "a job needs tensors: name them with --tensor NAME:SHAPE, or a file with --from"
-        );
+        if tensors.is_empty() {
+            let text =
+                "a job needs tensors: name them with --tensor NAME:SHAPE, or a file with --from or --spec";
+            return Err(Complaint::Usage(text.to_owned()).into());
+        }
         let mut job = Job::of_tenant(key.tenant.as_str(), key.job.as_str())?;
         for tensor in tensors {
             job = job.tensor(tensor.name, tensor.shape);
@@ -153,12 +159,23 @@ pub(super) fn parse_group_setting(text: &str) -> Result<(u32, String, Setting), 
 /// Reads a whole specification, as `thalweg job show --json` prints it under `spec`, from JSON or TOML.
 pub(super) fn read_spec(path: &std::path::Path) -> anyhow::Result<thalweg_protocol::JobSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    // As printed, or all of what `show --json` prints.
+    #[derive(serde::Deserialize)]
+    struct Shown {
+        spec: thalweg_protocol::JobSpec,
+    }
     let parsed = if path.extension().is_some_and(|extension| extension == "toml") {
         toml::from_str(&text).map_err(anyhow::Error::from)
     } else {
-        serde_json::from_str(&text).map_err(anyhow::Error::from)
+        let shown = serde_json::from_str::<Shown>(&text).map(|shown| shown.spec);
+        shown.or_else(|_| serde_json::from_str(&text)).map_err(anyhow::Error::from)
     };
-    parsed.with_context(|| format!("{}: no job specification", path.display()))
+    parsed.with_context(|| {
+        format!(
+            "{}: no job specification, as `thalweg job show --json` prints it under \"spec\"",
+            path.display()
+        )
+    })
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{
 
 use futures::StreamExt as _;
 use serde_json::json;
-use thalweg_broker::{Connection, Queues as _, Registry};
+use thalweg_broker::{Connection, PartitionDepth, Queues as _, Registry, RegistryError};
 use thalweg_protocol::{
     InvokerBeat, Kind, Lease, PLACEMENT_KEY, Placement, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, frame,
     lease_key, subjects,
@@ -15,7 +15,7 @@ use thalweg_protocol::{
 use thalweg_store::{ShardStore as _, StoreClient};
 use tokio_util::sync::CancellationToken;
 
-use super::{Target, bytes, print, table};
+use super::{Target, bytes, count, print, table};
 
 /// How long invokers are listened to; they beat every second by default.
 const LISTEN: Duration = Duration::from_millis(1500);
@@ -23,31 +23,42 @@ const LISTEN: Duration = Duration::from_millis(1500);
 /// What runs and what it has to do.
 pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     let (stop, config) = (CancellationToken::new(), target.config());
+    target.check()?;
     let opening = Connection::open("thalweg-status", &config, &stop);
-    let connection = match tokio::time::timeout(target.timeout(), opening).await {
+    let connection = match tokio::time::timeout(target.timeout, opening).await {
         Ok(connection) => connection?,
-        Err(_) => return Err(target.unreachable().into()),
+        Err(_) => return Err(target.unreachable().await.into()),
     };
     let Some(connection) = connection else { return Ok(()) };
     let server = connection.client.server_info();
+    // Looking must not make anything, as opening the registry would.
+    if let Err(error) = connection.jetstream.get_key_value(subjects::REGISTRY_BUCKET).await {
+        let text = format!(
+            "nothing of Thalweg's has run on the NATS server at {} yet ({error}): start `thalweg up`, or `thalweg \
+             gateway`, `store` and `autoscaler` against it",
+            target.shown_url()
+        );
+        return Err(RegistryError::Unavailable(text).into());
+    }
     let registry = Registry::open(&connection.jetstream).await?;
     let (store, _) = registry.get::<StoreRecord>(STORE_KEY).await?;
     let (streams, _) = registry.get::<Streams>(STREAMS_KEY).await?;
     let (placement, _) = registry.get::<Placement>(PLACEMENT_KEY).await?;
     let leads = async |role: &str| registry.get::<Lease>(&lease_key(role)).await.map(|(lease, _)| lease);
     let before = (leads("gateway").await?, leads("autoscaler").await?);
-    let invokers = listen(&connection).await?;
+    let (invokers, strangers) = listen(&connection).await?;
     let after = (leads("gateway").await?, leads("autoscaler").await?);
     let partitions = streams.map_or(0, |streams| streams.created.len());
     let depths = connection.jetstream.depths(u16::try_from(partitions).unwrap_or(u16::MAX)).await;
-    let depths = depths.map_err(|error| anyhow::anyhow!("queues: {error}"))?;
-    let messages: u64 = depths.iter().map(|depth| depth.messages).sum();
-    let queued: u64 = depths.iter().map(|depth| depth.bytes).sum();
+    let queued = depths.map(|depths| {
+        let sum = |of: fn(&PartitionDepth) -> u64| depths.iter().map(of).sum::<u64>();
+        (sum(|depth| depth.messages), sum(|depth| depth.bytes))
+    });
     let answers = match &store {
         None => None,
         Some(store) => {
             let client = StoreClient::new(connection.client.clone(), store.id);
-            let listed = tokio::time::timeout(target.timeout(), client.list()).await;
+            let listed = tokio::time::timeout(target.timeout, client.list()).await;
             listed.ok().and_then(Result::ok).map(|jobs| jobs.len())
         }
     };
@@ -57,10 +68,16 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     let placed = placement.map_or(0, |placement| {
         placement.partitions.iter().filter(|partition| partition.holder.is_some()).count()
     });
-    let jobs = if gateway { target.connect().await?.jobs(None).await? } else { Vec::new() };
-    let of_state = jobs.iter().fold(BTreeMap::<&str, u32>::new(), |mut states, job| {
-        *states.entry(job.state.as_str()).or_default() += 1;
-        states
+    let jobs = if gateway {
+        target.connect().await?.jobs(None).await.map_err(|error| error.to_string())
+    } else {
+        Err("no gateway tells".to_owned())
+    };
+    let of_state = jobs.as_ref().map(|jobs| {
+        jobs.iter().fold(BTreeMap::<&str, u32>::new(), |mut states, job| {
+            *states.entry(job.state.as_str()).or_default() += 1;
+            states
+        })
     });
     let value = json!({
         "nats": { "url": target.shown_url(), "version": server.version, "max_payload": server.max_payload },
@@ -72,7 +89,13 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
             "answers": answers.is_some(),
             "jobs": answers,
         })),
-        "queues": { "partitions": partitions, "placed": placed, "messages": messages, "bytes": queued },
+        "queues": {
+            "partitions": partitions,
+            "placed": placed,
+            "messages": queued.as_ref().ok().map(|(messages, _)| messages),
+            "bytes": queued.as_ref().ok().map(|(_, bytes)| bytes),
+            "error": queued.as_ref().err().map(ToString::to_string),
+        },
         "invokers": invokers.values().map(|beat| json!({
             "invoker": beat.invoker,
             "state": format!("{:?}", beat.state).to_lowercase(),
@@ -83,7 +106,8 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
             "held_bytes": beat.held_bytes,
             "cpu_quota": beat.cpu_quota,
         })).collect::<Vec<_>>(),
-        "jobs": of_state,
+        "unreadable_invokers": strangers,
+        "jobs": of_state.as_ref().ok(),
     });
     if target.json {
         return print(&serde_json::to_string_pretty(&value)?);
@@ -101,18 +125,33 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
         (Some(store), None) => {
             format!("store       {} does not answer: start `thalweg store` there", store.location)
         }
-        (Some(store), Some(jobs)) => format!("store       {} ({jobs} jobs)", store.location),
+        (Some(store), Some(jobs)) => {
+            format!("store       {} ({})", store.location, count(jobs as u64, "job"))
+        }
     });
-    lines.push(format!(
-        "queues      {messages} messages, {} waiting; {placed} of {partitions} partitions served",
-        bytes(queued)
-    ));
-    let states = of_state.iter().map(|(state, count)| format!("{count} {state}")).collect::<Vec<_>>();
-    lines.push(format!(
-        "jobs        {}",
-        if states.is_empty() { "none".to_owned() } else { states.join(", ") }
-    ));
-    lines.push(format!("invokers    {}", invokers.len()));
+    lines.push(match &queued {
+        Ok((messages, size)) => format!(
+            "queues      {}, {} waiting; {placed} of {partitions} partitions served",
+            count(*messages, "message"),
+            bytes(*size)
+        ),
+        Err(error) => format!("queues      {error}"),
+    });
+    lines.push(match of_state {
+        Ok(states) if states.is_empty() => {
+            "jobs        none: a training loop creates its own, or `thalweg job create`".to_owned()
+        }
+        Ok(states) => {
+            let states: Vec<_> = states.iter().map(|(state, count)| format!("{count} {state}")).collect();
+            format!("jobs        {}", states.join(", "))
+        }
+        Err(error) => format!("jobs        {error}"),
+    });
+    lines.push(match invokers.len() {
+        0 => "invokers    none; the autoscaler starts them when gradients come".to_owned(),
+        count => format!("invokers    {count}"),
+    });
+    lines.extend(strangers.iter().map(|(invoker, error)| format!("            {invoker}: {error}")));
     if !invokers.is_empty() {
         let rows = invokers.values().map(|beat| {
             vec![
@@ -129,17 +168,23 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     print(&lines.join("\n"))
 }
 
-/// The newest heartbeat of every invoker that can be heard.
-async fn listen(connection: &Connection) -> anyhow::Result<BTreeMap<String, InvokerBeat>> {
+type Heard = (BTreeMap<String, InvokerBeat>, BTreeMap<String, String>);
+
+/// The newest heartbeat of every invoker that can be heard, and of whom it cannot be understood, and why.
+async fn listen(connection: &Connection) -> anyhow::Result<Heard> {
     let mut beats = connection.client.subscribe(subjects::INVOKER_BEATS).await?;
-    let mut invokers = BTreeMap::new();
+    let (mut invokers, mut strangers) = (BTreeMap::new(), BTreeMap::new());
     let until = Instant::now() + LISTEN;
     while let Ok(Some(message)) =
         tokio::time::timeout(until.saturating_duration_since(Instant::now()), beats.next()).await
     {
-        if let Ok((beat, _)) = frame::open::<InvokerBeat>(Kind::Beat, &message.payload) {
-            invokers.insert(beat.invoker.clone(), beat);
+        match frame::open::<InvokerBeat>(Kind::Beat, &message.payload) {
+            Ok((beat, _)) => drop(invokers.insert(beat.invoker.clone(), beat)),
+            Err(error) => {
+                let invoker = message.subject.rsplit('.').next().unwrap_or_default().to_owned();
+                strangers.insert(invoker, error.to_string());
+            }
         }
     }
-    Ok(invokers)
+    Ok((invokers, strangers))
 }

@@ -356,6 +356,13 @@ fn a_store_that_is_away_is_asked_again_and_one_that_refuses_fails_the_job() {
     world.now += 100;
     world.tell(Event::Tick);
     let Action::ReadHead(key) = world.pending.remove(0) else { panic!() };
+    // Of another release for now, as in the middle of an upgrade.
+    let error = WireError::new(ErrorCode::WireVersion, "theirs and ours");
+    world.tell(Event::Head(key, Err(StoreError::Refused(error))));
+    assert!(world.pending.is_empty(), "no job fails of that");
+    world.now += 100;
+    world.tell(Event::Tick);
+    let Action::ReadHead(key) = world.pending.remove(0) else { panic!() };
     let error = WireError::new(ErrorCode::StoreMismatch, "another disk");
     world.tell(Event::Head(key, Err(StoreError::Refused(error))));
     world.settle();
