@@ -39,7 +39,7 @@ impl World {
         let (stores, incarnations) = (remote.clone(), self.incarnations.clone());
         let jobs = Jobs {
             registry: remote.registry(),
-            queues: Arc::new(remote.clone()),
+            queues: Arc::new(remote),
             stores: Arc::new(move |_| Arc::new(stores.store())),
             max_payload: limits::MESSAGE_OVERHEAD_BYTES * 4,
             partitions: self.partitions,
