@@ -1,10 +1,13 @@
 //! The NATS side of Thalweg's protocol, shared by services and SDK.
 //!
 //! What is here needs a NATS connection and no knowledge of any component: connecting in any start
-//! order, requests in frames, the partitions' streams, the registry's compare-and-swap, and leases.
+//! order, requests in frames, the partitions' streams, events and dead letters, the registry's
+//! compare-and-swap, and leases.
 //! It knows no server crate, so the SDK may use it.
 
 mod connect;
+mod dead_letters;
+mod events;
 mod lease;
 mod registry;
 mod request;
@@ -13,6 +16,10 @@ pub mod stage;
 mod streams;
 
 pub use connect::{Connection, NatsConfig, Report, no_report};
+pub use dead_letters::{
+    DeadLetter, DeadLetterQuery, RequeueError, dead_letter, dead_letters, remove_dead_letter, requeue,
+};
+pub use events::{EventsQuery, StreamError, events};
 pub use lease::{LeaseConfig, LeaseKeeper};
 pub use registry::{Bucket, Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};

@@ -19,6 +19,7 @@
 //! bit, NaNs included.
 
 mod builtin;
+mod describe;
 mod partial;
 mod schedule;
 mod settings;
@@ -27,8 +28,9 @@ use std::ops::Range;
 
 use thalweg_protocol::{FunctionSpec, Rank, Round};
 
+pub use describe::{Description, describe};
 pub use partial::{InvalidPartial, MAX_CONTRIBUTIONS};
-pub use settings::InvalidSettings;
+pub use settings::{Accepts, InvalidSettings, Known, Range as Accepted};
 
 /// Identity of a function's code and arithmetic; part of every state id (rule P5).
 pub type Digest = [u8; 16];

@@ -14,12 +14,25 @@ pub(crate) use adagrad::Adagrad;
 pub(crate) use adam::Adam;
 pub(crate) use lion::Lion;
 pub(crate) use place::none;
+pub use place::{Accepts, Known, Range};
 pub(crate) use schedule::checked as schedule;
 pub(crate) use sgd::Sgd;
 
 /// Names of the built-in functions.
 pub(crate) const FUNCTIONS: [&str; 8] =
     ["sum", "mean", "weighted_mean", "sgd", "adam", "adamw", "adagrad", "lion"];
+
+/// The settings that a function knows; none of a function that takes no settings, or does not exist.
+pub(crate) fn known(function: &str) -> &'static [Known] {
+    match function {
+        "sgd" => &sgd::KNOWN,
+        "adam" => &adam::ADAM,
+        "adamw" => &adam::ADAMW,
+        "adagrad" => &adagrad::KNOWN,
+        "lion" => &lion::KNOWN,
+        _ => &[],
+    }
+}
 
 /// Settings of a function, and those of each of its parameter groups.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,7 +62,7 @@ pub enum InvalidSettings {
         /// The setting given.
         setting: String,
         /// All settings the function has.
-        known: &'static [&'static str],
+        known: Vec<&'static str>,
     },
     /// A number where a flag belongs, or the other way round.
     #[error("{place}: {setting} must be {accepted}")]

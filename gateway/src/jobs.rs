@@ -98,6 +98,12 @@ impl Jobs {
     /// The record comes first, in state `creating`, so that nothing is in the store or the registry which no
     /// record names, however early a creation is cut short; the next one to open the job finishes it.
     pub(crate) async fn open(&self, spec: JobSpec) -> Result<(JobRecord, Roster), WireError> {
+        self.create(spec).await.map(|(record, roster, _)| (record, roster))
+    }
+
+    /// As [`Self::open`]; also says whether it was this call that recorded the job.
+    pub(crate) async fn create(&self, spec: JobSpec) -> Result<(JobRecord, Roster, bool), WireError> {
+        let mut created = false;
         spec.validate()?;
         let function = thalweg_functions::resolve(&spec.function)
             .map_err(|error| WireError::new(ErrorCode::InvalidSpec, error.to_string()))?;
@@ -117,19 +123,26 @@ impl Jobs {
                     );
                     return Err(WireError::new(ErrorCode::SpecMismatch, text));
                 }
-                Some(known) if known.state != JobState::Creating => return self.get(&spec.key).await,
+                Some(known) if known.state != JobState::Creating => {
+                    let (record, roster) = self.get(&spec.key).await?;
+                    return Ok((record, roster, created));
+                }
                 Some(known) => (known, revision),
                 None => {
                     let slots = u32::try_from(function.slots()).unwrap_or(u32::MAX);
                     let record = self.describe(&spec, slots).await?;
                     match self.registry.put(&name, &record, revision).await.map_err(unavailable)? {
-                        Ok(revision) => (record, revision),
+                        Ok(revision) => {
+                            created = true;
+                            (record, revision)
+                        }
                         Err(_) => continue,
                     }
                 }
             };
             if self.finish_creation(record, revision).await? {
-                return self.get(&spec.key).await;
+                let (record, roster) = self.get(&spec.key).await?;
+                return Ok((record, roster, created));
             }
         }
         Err(busy("the job"))

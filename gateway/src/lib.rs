@@ -18,5 +18,5 @@ mod service;
 pub mod windows;
 
 pub use jobs::{Jobs, Stores};
-pub use run::{Config, GatewayError, run};
+pub use run::{Config, GatewayError, listen, run};
 pub use service::{Clock, Gateway};

@@ -1,6 +1,8 @@
 //! Metrics of the gateway.
 
-use metrics::{counter, describe_counter, describe_gauge, gauge};
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use thalweg_protocol::ErrorCode;
 
 const REQUESTS: &str = "thalweg_gateway_requests_total";
@@ -9,15 +11,22 @@ const EXPIRED: &str = "thalweg_gateway_workers_expired_total";
 const JOBS: &str = "thalweg_gateway_jobs";
 const WORKERS: &str = "thalweg_gateway_workers";
 const GRANTED: &str = "thalweg_gateway_window_bytes";
+const HTTP_REQUESTS: &str = "thalweg_gateway_http_requests_total";
+const HTTP_DURATION: &str = "thalweg_gateway_http_request_seconds";
 
 /// Describes the metrics; call once a recorder is installed.
 pub fn describe() {
-    describe_counter!(REQUESTS, "Requests of the SDK, by kind");
+    describe_counter!(REQUESTS, "Requests about jobs, by NATS or HTTP, by kind");
     describe_counter!(ERRORS, "Requests refused, by code");
     describe_counter!(EXPIRED, "Workers taken off their roster after a lease of silence");
     describe_gauge!(JOBS, "Jobs in the registry");
     describe_gauge!(WORKERS, "Workers on rosters");
     describe_gauge!(GRANTED, "Bytes in flight granted to workers");
+    describe_counter!(HTTP_REQUESTS, "HTTP requests, by the route's template and status");
+    describe_histogram!(
+        HTTP_DURATION,
+        "Time until the head of an HTTP answer (what is streamed may take longer), by the route's template"
+    );
 }
 
 pub(crate) fn request(kind: &'static str) {
@@ -36,4 +45,10 @@ pub(crate) fn totals(jobs: usize, workers: usize, granted: u64) {
     gauge!(JOBS).set(jobs as f64);
     gauge!(WORKERS).set(workers as f64);
     gauge!(GRANTED).set(granted as f64);
+}
+
+/// `route` is a template: the names in a path would make a series each.
+pub(crate) fn http(route: &str, status: u16, elapsed: Duration) {
+    counter!(HTTP_REQUESTS, "route" => route.to_owned(), "status" => status.to_string()).increment(1);
+    histogram!(HTTP_DURATION, "route" => route.to_owned()).record(elapsed);
 }

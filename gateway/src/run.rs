@@ -14,7 +14,7 @@ use thalweg_broker::{
 };
 use thalweg_protocol::{Event, Incarnation, subjects};
 use thalweg_store::StoreClient;
-use tokio::sync::watch;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{events::Sink, http, jobs::Jobs, service::Gateway};
@@ -65,14 +65,28 @@ const MAX_REQUESTS: usize = 256;
 /// Events on their way to NATS.
 const MAX_EVENTS: usize = 4096;
 
+/// How long HTTP requests under way are waited for at the end. Streams end at once, but for those of clients that do
+/// not read them.
+const HTTP_DRAIN: Duration = Duration::from_secs(2);
+
+/// Takes the address of the HTTP interface. Whoever connects waits until the gateway runs.
+///
+/// # Errors
+/// [`GatewayError::Listen`].
+pub async fn listen(address: SocketAddr) -> Result<TcpListener, GatewayError> {
+    TcpListener::bind(address).await.map_err(|error| GatewayError::Listen(address, error))
+}
+
 /// Serves until `shutdown`, then finishes the requests under way.
 ///
+/// `listener` is that of [`listen`] for `config.http_listen`.
 /// `window_budget` is what counts of `config.window_budget_bytes`, and may change meanwhile.
 ///
 /// # Errors
 /// [`GatewayError`]: only what waiting cannot cure.
 pub async fn run(
     config: Config,
+    listener: TcpListener,
     mut window_budget: watch::Receiver<u64>,
     streams: StreamsConfig,
     connection: Connection,
@@ -80,9 +94,6 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), GatewayError> {
     report(Some("waiting for the registry"));
-    let listener = tokio::net::TcpListener::bind(config.http_listen)
-        .await
-        .map_err(|error| GatewayError::Listen(config.http_listen, error))?;
     let mut connects = connection.connects();
     connects.mark_unchanged();
     let Some(registry) = prepare(&connection, &streams, &report, &shutdown).await else { return Ok(()) };
@@ -116,7 +127,8 @@ pub async fn run(
     let jobs = hints("job.>").await.map_err(|error| nats(&error))?;
     let mut hints = futures::stream::select(rosters, jobs);
     let address = listener.local_addr().map_err(|error| GatewayError::Listen(config.http_listen, error))?;
-    let web = tokio::spawn(http::serve(listener, gateway.clone(), shutdown.clone()));
+    let (jetstream, stop) = (connection.jetstream.clone(), shutdown.clone());
+    let mut web = tokio::spawn(http::serve(listener, gateway.clone(), jetstream, stop));
     tracing::info!(%address, "gateway serves");
     report(None);
     let mut keeper = LeaseKeeper::new("gateway", Incarnation::random(), config.lease);
@@ -182,7 +194,10 @@ pub async fn run(
     let _ = permits.acquire_many(u32::try_from(MAX_REQUESTS).unwrap_or(u32::MAX)).await;
     let _ = keeper.release(&registry).await;
     let _ = connection.client.flush().await;
-    web.abort();
+    if tokio::time::timeout(HTTP_DRAIN, &mut web).await.is_err() {
+        tracing::warn!("HTTP requests are cut off");
+        web.abort();
+    }
     Ok(())
 }
 

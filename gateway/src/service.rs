@@ -9,8 +9,8 @@ use std::{
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    ApiReply, ApiRequest, ErrorCode, EventKind, Incarnation, JobCommand, JobKey, JobRecord, Kind, Name,
-    Origin, Roster, WireError, WorkerRef, frame, limits,
+    ApiReply, ApiRequest, ErrorCode, EventKind, Incarnation, JobCommand, JobKey, JobRecord, JobSpec, Kind,
+    Name, Origin, Roster, WireError, WorkerRef, frame, limits,
 };
 
 use crate::{
@@ -111,7 +111,8 @@ impl Gateway {
         frame::seal(Kind::ApiReply, &reply, &[])
     }
 
-    async fn perform(&self, request: ApiRequest) -> Result<ApiReply, WireError> {
+    /// Answers one request that was read.
+    pub(crate) async fn perform(&self, request: ApiRequest) -> Result<ApiReply, WireError> {
         metrics::request(kind(&request));
         match request {
             ApiRequest::OpenJob(spec) => {
@@ -180,6 +181,14 @@ impl Gateway {
                 Err(WireError::new(ErrorCode::Malformed, text))
             }
         }
+    }
+
+    /// As [`ApiRequest::OpenJob`], and says whether the job is new.
+    pub(crate) async fn create(&self, spec: JobSpec) -> Result<(JobRecord, Roster, bool), WireError> {
+        metrics::request("open_job");
+        let (record, roster, created) = self.jobs.create(spec).await?;
+        self.shared().remember(&record, &roster);
+        Ok((record, roster, created))
     }
 
     fn job(&self, record: JobRecord, roster: Roster) -> ApiReply {

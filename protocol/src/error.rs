@@ -90,6 +90,7 @@ impl std::fmt::Display for ErrorCode {
 
 /// An error as it crosses the wire.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[error("{message} [{code}]")]
 pub struct WireError {
     /// What programs look at.

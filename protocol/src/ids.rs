@@ -157,6 +157,7 @@ impl FromStr for Name {
 
 /// Which job, by the names people use; several incarnations may carry it one after another.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobKey {
     /// Owner of the job.
     pub tenant: Name,

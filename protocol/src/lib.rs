@@ -13,6 +13,8 @@ mod layout;
 mod ledger;
 pub mod limits;
 mod messages;
+#[cfg(feature = "openapi")]
+mod openapi;
 mod records;
 mod schedule;
 pub mod snapshot;

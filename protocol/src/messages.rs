@@ -340,13 +340,17 @@ pub enum JobCommand {
 
 /// A change of settings.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct SettingsChange {
     /// First round with the new settings; `None` for the next one that no shard can have begun. A round that may
     /// have begun is refused.
     pub from_round: Option<Round>,
     /// Settings of the function that change; the others stay.
+    #[serde(default)]
     pub settings: Settings,
     /// Settings of parameter groups that change, by index.
+    #[serde(default)]
     pub groups: BTreeMap<u32, Settings>,
 }
 
@@ -373,6 +377,7 @@ pub struct JobSummary {
 
 /// Where a job's shards stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Progress {
     /// Version of the slowest shard: the last round that is complete.
     pub min: Version,

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 /// As JSON: `{"warmup_rounds": 100, "decay": {"cosine": {"rounds": 1000, "to": 0.1}}}`. A name that is no field is
 /// refused, so that a slip of the pen does not train with another rate.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
     /// Rounds in which the rate grows linearly: from `1 / warmup_rounds` of it in round 1 to all of it in round
@@ -30,6 +31,7 @@ pub struct Schedule {
 /// Tagged by its name on the outside, the one form of an enumeration that both MessagePack with structs as arrays and
 /// JSON can read back.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
     /// Not at all: 1.

@@ -8,6 +8,7 @@ use crate::{ErrorCode, JobKey, Round, Schedule, WireError, limits};
 
 /// Element type of a tensor. Only [`Dtype::F32`] is aggregated today.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// IEEE 754 binary32, little endian on the wire.
@@ -22,6 +23,7 @@ pub enum Dtype {
 
 /// One named tensor of a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TensorSpec {
     /// Unique within the job, at most [`limits::MAX_TENSOR_NAME_BYTES`].
     pub name: String,
@@ -47,6 +49,7 @@ impl TensorSpec {
 
 /// One setting of an aggregation function.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(untagged)]
 pub enum Setting {
     /// A switch, such as `nesterov`.
@@ -60,6 +63,7 @@ pub type Settings = BTreeMap<String, Setting>;
 
 /// Settings that apply to some tensors only.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ParameterGroup {
     /// Names of the tensors in this group; a tensor is in at most one.
     pub tensors: Vec<String>,
@@ -69,6 +73,7 @@ pub struct ParameterGroup {
 
 /// Which aggregation function a job runs, and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FunctionSpec {
     /// `sum`, `mean`, `weighted_mean`, `sgd`, `adam`, `adamw`, `adagrad` or `lion`.
     pub name: String,
@@ -115,6 +120,7 @@ impl FunctionSpec {
 
 /// Settings from one round on (they never change within a round).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SettingsRevision {
     /// 0 for the settings of job creation, then counting up.
     pub revision: u32,
@@ -126,6 +132,7 @@ pub struct SettingsRevision {
 
 /// When contributions are applied. Only [`Mode::Sync`] exists today.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Rounds with a quorum.
@@ -134,6 +141,7 @@ pub enum Mode {
 
 /// What a commit has survived by the time anybody sees it (rule P2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
     /// The kill of any or all processes.
@@ -153,6 +161,7 @@ impl std::fmt::Display for Durability {
 
 /// What happens to a contribution with a NaN or an infinity (rule P8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum NonFinite {
     /// Folded like any number; every worker sees the NaN, as with an all-reduce.
@@ -165,6 +174,7 @@ pub enum NonFinite {
 
 /// Where a job's version 0 comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
     /// All zeros, for functions that keep no parameters (`sum`, `mean`).
@@ -175,6 +185,7 @@ pub enum Init {
 
 /// All that a job is created with. Opening a job again with another spec is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobSpec {
     /// Whose job, and its name.
     pub key: JobKey,
@@ -207,6 +218,7 @@ pub struct JobSpec {
 
 /// What happens to a job `process` whose rounds were lost with the power (rule P27).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OnLoss {
     /// It fails with [`ErrorCode::Diverged`].
@@ -220,6 +232,7 @@ pub enum OnLoss {
 
 /// What happens around a job's rounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(default)]
 pub struct Policy {
     /// Time without any member after which the job is deleted, milliseconds; `None` for never.

@@ -30,7 +30,9 @@ pub async fn gateway(config: Config, loader: Loader) -> anyhow::Result<()> {
     if let Some(connection) = connect(&config, "thalweg-gateway", &host).await? {
         let (report, budget) = (host.report("gateway"), host.live.window_budget());
         let shutdown = host.shutdown.clone();
-        thalweg_gateway::run(config.gateway, budget, config.streams, connection, report, shutdown).await?;
+        let listener = thalweg_gateway::listen(config.gateway.http_listen).await?;
+        let (gateway, streams) = (config.gateway, config.streams);
+        thalweg_gateway::run(gateway, listener, budget, streams, connection, report, shutdown).await?;
     }
     host.close().await;
     Ok(())

@@ -1,6 +1,6 @@
 //! Everything in one process, with the broker as a child.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use thalweg_autoscaler::{Actuator, ExternalActuator, InProcessActuator, Status};
@@ -52,6 +52,7 @@ pub struct Service {
     host: Host,
     broker: Arc<std::sync::Mutex<Option<nats::Server>>>,
     url: String,
+    http: SocketAddr,
     status: watch::Receiver<Status>,
     autoscaler: (CancellationToken, JoinHandle<anyhow::Result<()>>),
     rest: CancellationToken,
@@ -99,12 +100,14 @@ impl Service {
                 Ok(thalweg_store::run(config, connection, local, report, token).await?)
             })
         };
+        let listener = thalweg_gateway::listen(config.gateway.http_listen).await?;
+        let http = listener.local_addr()?;
         let gateway = {
             let (streams, report, token) = (config.streams.clone(), host.report("gateway"), rest.clone());
             let (config, connection) = (config.gateway.clone(), connection.clone());
             let budget = host.live.window_budget();
             supervise("gateway", failure.clone(), async move {
-                Ok(thalweg_gateway::run(config, budget, streams, connection, report, token).await?)
+                Ok(thalweg_gateway::run(config, listener, budget, streams, connection, report, token).await?)
             })
         };
         let (status_sender, status) = watch::channel(Status::default());
@@ -130,6 +133,7 @@ impl Service {
             host,
             broker,
             url,
+            http,
             status,
             autoscaler: (autoscaler_token, autoscaler),
             rest,
@@ -147,6 +151,12 @@ impl Service {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Address of its HTTP interface.
+    #[must_use]
+    pub fn http(&self) -> SocketAddr {
+        self.http
     }
 
     /// What the autoscaler sees and does.

@@ -4,10 +4,12 @@ use thalweg_protocol::FunctionSpec;
 
 use super::{
     Grouped, InvalidSettings,
-    place::{EPS, NOT_NEGATIVE, Place, grouped},
+    place::{Known, LR, Place, grouped, not_negative, positive},
 };
 
-const KNOWN: [&str; 4] = ["lr", "lr_decay", "eps", "weight_decay"];
+/// Its settings.
+pub(super) const KNOWN: [Known; 4] =
+    [LR, not_negative("lr_decay", 0.0), positive("eps", 1e-10), not_negative("weight_decay", 0.0)];
 
 /// What `adagrad` does to an element. Defaults are those of PyTorch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,17 +27,15 @@ pub(crate) struct Adagrad {
 impl Adagrad {
     /// The settings of the function and of each of its groups.
     pub(crate) fn parse(spec: &FunctionSpec) -> Result<Grouped<Self>, InvalidSettings> {
-        grouped(spec, &KNOWN, Self::overlay)
+        grouped(spec, Self::overlay)
     }
 
     fn overlay(base: Option<Self>, place: &Place<'_>) -> Result<Self, InvalidSettings> {
-        let lr = place.lr(base.map(|base| base.lr))?;
-        let base = base.unwrap_or(Self { lr, lr_decay: 0.0, eps: 1e-10, weight_decay: 0.0 });
         Ok(Self {
-            lr,
-            lr_decay: place.number("lr_decay", &NOT_NEGATIVE)?.unwrap_or(base.lr_decay),
-            eps: place.number("eps", &EPS)?.unwrap_or(base.eps),
-            weight_decay: place.number("weight_decay", &NOT_NEGATIVE)?.unwrap_or(base.weight_decay),
+            lr: place.number("lr", base.map(|base| base.lr))?,
+            lr_decay: place.number("lr_decay", base.map(|base| base.lr_decay))?,
+            eps: place.number("eps", base.map(|base| base.eps))?,
+            weight_decay: place.number("weight_decay", base.map(|base| base.weight_decay))?,
         })
     }
 }

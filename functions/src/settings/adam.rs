@@ -4,10 +4,23 @@ use thalweg_protocol::FunctionSpec;
 
 use super::{
     Grouped, InvalidSettings,
-    place::{EPS, NOT_NEGATIVE, Place, SHARE, grouped},
+    place::{Known, LR, Place, grouped, not_negative, positive, share},
 };
 
-const KNOWN: [&str; 5] = ["lr", "beta1", "beta2", "eps", "weight_decay"];
+/// Settings of `adam`.
+pub(super) const ADAM: [Known; 5] = known(0.0);
+/// Settings of `adamw`.
+pub(super) const ADAMW: [Known; 5] = known(0.01);
+
+const fn known(weight_decay: f64) -> [Known; 5] {
+    [
+        LR,
+        share("beta1", 0.9),
+        share("beta2", 0.999),
+        positive("eps", 1e-8),
+        not_negative("weight_decay", weight_decay),
+    ]
+}
 
 /// What `adam` and `adamw` do to an element. Defaults are those of PyTorch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,20 +42,16 @@ pub(crate) struct Adam {
 impl Adam {
     /// The settings of the function and of each of its groups; of `adamw` if `decoupled`, else of `adam`.
     pub(crate) fn parse(spec: &FunctionSpec, decoupled: bool) -> Result<Grouped<Self>, InvalidSettings> {
-        grouped(spec, &KNOWN, |base, place| Self::overlay(base, place, decoupled))
+        grouped(spec, |base, place| Self::overlay(base, place, decoupled))
     }
 
     fn overlay(base: Option<Self>, place: &Place<'_>, decoupled: bool) -> Result<Self, InvalidSettings> {
-        let lr = place.lr(base.map(|base| base.lr))?;
-        let weight_decay = if decoupled { 0.01 } else { 0.0 };
-        let default = Self { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, decoupled };
-        let base = base.unwrap_or(default);
         Ok(Self {
-            lr,
-            beta1: place.number("beta1", &SHARE)?.unwrap_or(base.beta1),
-            beta2: place.number("beta2", &SHARE)?.unwrap_or(base.beta2),
-            eps: place.number("eps", &EPS)?.unwrap_or(base.eps),
-            weight_decay: place.number("weight_decay", &NOT_NEGATIVE)?.unwrap_or(base.weight_decay),
+            lr: place.number("lr", base.map(|base| base.lr))?,
+            beta1: place.number("beta1", base.map(|base| base.beta1))?,
+            beta2: place.number("beta2", base.map(|base| base.beta2))?,
+            eps: place.number("eps", base.map(|base| base.eps))?,
+            weight_decay: place.number("weight_decay", base.map(|base| base.weight_decay))?,
             decoupled,
         })
     }

@@ -4,10 +4,12 @@ use thalweg_protocol::FunctionSpec;
 
 use super::{
     Grouped, InvalidSettings,
-    place::{NOT_NEGATIVE, Place, SHARE, grouped},
+    place::{Known, LR, Place, grouped, not_negative, share},
 };
 
-const KNOWN: [&str; 4] = ["lr", "beta1", "beta2", "weight_decay"];
+/// Its settings.
+pub(super) const KNOWN: [Known; 4] =
+    [LR, share("beta1", 0.9), share("beta2", 0.99), not_negative("weight_decay", 0.0)];
 
 /// What `lion` does to an element. Defaults are those of its paper.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,17 +27,15 @@ pub(crate) struct Lion {
 impl Lion {
     /// The settings of the function and of each of its groups.
     pub(crate) fn parse(spec: &FunctionSpec) -> Result<Grouped<Self>, InvalidSettings> {
-        grouped(spec, &KNOWN, Self::overlay)
+        grouped(spec, Self::overlay)
     }
 
     fn overlay(base: Option<Self>, place: &Place<'_>) -> Result<Self, InvalidSettings> {
-        let lr = place.lr(base.map(|base| base.lr))?;
-        let base = base.unwrap_or(Self { lr, beta1: 0.9, beta2: 0.99, weight_decay: 0.0 });
         Ok(Self {
-            lr,
-            beta1: place.number("beta1", &SHARE)?.unwrap_or(base.beta1),
-            beta2: place.number("beta2", &SHARE)?.unwrap_or(base.beta2),
-            weight_decay: place.number("weight_decay", &NOT_NEGATIVE)?.unwrap_or(base.weight_decay),
+            lr: place.number("lr", base.map(|base| base.lr))?,
+            beta1: place.number("beta1", base.map(|base| base.beta1))?,
+            beta2: place.number("beta2", base.map(|base| base.beta2))?,
+            weight_decay: place.number("weight_decay", base.map(|base| base.weight_decay))?,
         })
     }
 }

@@ -4,10 +4,16 @@ use thalweg_protocol::FunctionSpec;
 
 use super::{
     Grouped, InvalidSettings,
-    place::{NOT_NEGATIVE, Place, SHARE, grouped},
+    place::{Known, LR, Place, flag, grouped, not_negative, share},
 };
 
-const KNOWN: [&str; 4] = ["lr", "momentum", "nesterov", "weight_decay"];
+/// Its settings.
+pub(super) const KNOWN: [Known; 4] = [
+    LR,
+    share("momentum", 0.0),
+    flag("nesterov", "a flag: true or false", false),
+    not_negative("weight_decay", 0.0),
+];
 
 /// What `sgd` does to an element.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,20 +31,15 @@ pub(crate) struct Sgd {
 impl Sgd {
     /// The settings of the function and of each of its groups.
     pub(crate) fn parse(spec: &FunctionSpec) -> Result<Grouped<Self>, InvalidSettings> {
-        grouped(spec, &KNOWN, Self::overlay)
+        grouped(spec, Self::overlay)
     }
 
     fn overlay(base: Option<Self>, place: &Place<'_>) -> Result<Self, InvalidSettings> {
-        let lr = place.lr(base.map(|base| base.lr))?;
-        let momentum = place.number("momentum", &SHARE)?.or(base.map(|base| base.momentum));
-        let nesterov = place.flag("nesterov")?.or(base.map(|base| base.nesterov));
-        let weight_decay =
-            place.number("weight_decay", &NOT_NEGATIVE)?.or(base.map(|base| base.weight_decay));
         let settings = Self {
-            lr,
-            momentum: momentum.unwrap_or(0.0),
-            nesterov: nesterov.unwrap_or(false),
-            weight_decay: weight_decay.unwrap_or(0.0),
+            lr: place.number("lr", base.map(|base| base.lr))?,
+            momentum: place.number("momentum", base.map(|base| base.momentum))?,
+            nesterov: place.flag("nesterov", base.map(|base| base.nesterov))?,
+            weight_decay: place.number("weight_decay", base.map(|base| base.weight_decay))?,
         };
         // As f32, as the arithmetic sees it.
         if settings.nesterov && settings.momentum as f32 == 0.0 {

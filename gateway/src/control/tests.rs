@@ -127,7 +127,7 @@ fn events_are_what_differs() {
     assert_eq!(names(events::between(Some((&job, &empty)), &job, &empty)), [""; 0]);
     let both = Roster { members: vec![member(0, 1), member(1, 2)], started: true, ..empty };
     assert_eq!(names(events::between(Some((&job, &empty)), &job, &both)), ["joined", "joined", "started"]);
-    let other = Roster { members: vec![member(0, 1), member(1, 3)], ..both.clone() };
+    let other = Roster { members: vec![member(0, 1), member(1, 3)], ..both };
     assert_eq!(names(events::between(Some((&job, &both)), &job, &other)), ["left", "joined"]);
     let mut later = job.clone();
     apply(&mut later, &JobCommand::Pause("night".to_owned())).unwrap();
