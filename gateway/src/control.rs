@@ -248,7 +248,11 @@ impl Jobs {
                 self.put_roster(key, &roster, roster_at).await?;
                 continue;
             }
-            // That round has closed somewhere, with the settings before: begin later.
+            // That round has closed somewhere, with the settings before, unless somebody has vouched for them since
+            // the roster was read. They begin later.
+            if !self.put_roster(key, &roster, roster_at).await? {
+                continue;
+            }
             for known in record.settings.iter_mut().filter(|known| known.revision > vouched) {
                 known.from_round = known.from_round.max(max + 2);
             }
@@ -303,7 +307,11 @@ impl Jobs {
                             self.store(&known).delete(known.incarnation).await.map_err(store_error)?;
                             known.life.replaces
                         }
-                        known => known.map(|known| known.incarnation).into_iter().collect(),
+                        Some(known) => {
+                            // Not activated, it has not removed what it was to replace.
+                            [vec![known.incarnation], known.life.replaces].concat()
+                        }
+                        None => Vec::new(),
                     };
                     record.life.origin = Some(origin.clone());
                     record.life.replaces = replaces;
@@ -412,4 +420,4 @@ pub(crate) fn first_state(record: &JobRecord) -> JobState {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

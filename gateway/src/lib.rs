@@ -10,6 +10,7 @@ pub mod events;
 mod http;
 mod jobs;
 pub mod leases;
+mod membership;
 pub mod metrics;
 mod recovery;
 pub mod roster;

@@ -48,7 +48,11 @@ impl Jobs {
                 // The power failed once more: what was copied of this life is lost, what it was copied from is not.
                 let (now, revision) =
                     self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
-                if let Some(now) = now.filter(|now| now.incarnation == record.incarnation && is_due(now)) {
+                if let Some(mut now) = now.filter(|now| now.incarnation == record.incarnation && is_due(now))
+                {
+                    let held = self.store(&now).hold(*lost, *lost).await.map_err(store_error)?;
+                    let upload = (self.incarnations)();
+                    now.life.origin = Some(Origin { upload, version: held.0, rolled_back: true });
                     self.make_anew(&now, revision).await?;
                 }
                 Err(error)
@@ -103,6 +107,7 @@ impl Jobs {
         origin: &Origin,
     ) -> Result<Copied, WireError> {
         let store = self.store(record);
+        // The one that was taken to find the version.
         let hold = lost;
         let (version, _) = match store.hold(lost, hold).await {
             Err(error) if error.code() == ErrorCode::Gone => return Ok(Copied::Before),
@@ -128,4 +133,57 @@ enum Copied {
     Now,
     /// It was completed before, and what it was made of is gone.
     Before,
+}
+
+#[cfg(test)]
+mod tests {
+    use thalweg_protocol::Life;
+
+    use super::*;
+    use crate::control::tests::record;
+
+    #[test]
+    fn a_recovery_is_begun_and_gone_on_with_and_nothing_else_is_touched() {
+        let lost = || JobState::Failed(WireError::new(ErrorCode::Diverged, "the power failed"));
+        let other = || JobState::Failed(WireError::new(ErrorCode::NonFinite, "NaN"));
+        let origin = |rolled_back| Some(Origin { upload: Incarnation([7; 16]), version: 5, rolled_back });
+        let replaces = || vec![Incarnation([6; 16])];
+        let table = [
+            (OnLoss::Fail, lost(), None, vec![], false, "it fails"),
+            (OnLoss::RollBack, lost(), None, vec![], true, "begun"),
+            (OnLoss::Reseed, lost(), None, vec![], true, "begun"),
+            (OnLoss::RollBack, other(), None, vec![], false, "it failed for another reason"),
+            (OnLoss::RollBack, JobState::Running, None, vec![], false, "nothing is lost"),
+            (OnLoss::RollBack, JobState::Creating, None, vec![], false, "whoever opens it next goes on"),
+            (OnLoss::RollBack, JobState::Creating, origin(true), replaces(), true, "cut short"),
+            (OnLoss::RollBack, JobState::Initialising, origin(true), replaces(), true, "cut short"),
+            (OnLoss::RollBack, JobState::Running, origin(true), vec![], false, "done"),
+            (OnLoss::Reseed, JobState::Creating, None, replaces(), true, "cut short"),
+            (
+                OnLoss::Reseed,
+                JobState::Initialising,
+                None,
+                replaces(),
+                false,
+                "a worker's parameters are awaited",
+            ),
+            (OnLoss::RollBack, JobState::Creating, origin(false), replaces(), false, "somebody restores it"),
+            (
+                OnLoss::RollBack,
+                JobState::Initialising,
+                origin(false),
+                replaces(),
+                false,
+                "somebody restores it",
+            ),
+            (OnLoss::RollBack, JobState::Deleting, origin(true), replaces(), false, "it is being deleted"),
+        ];
+        for (on_loss, state, origin, replaces, due, why) in table {
+            let mut job = record();
+            job.spec.policy.on_loss = on_loss;
+            job.state = state;
+            job.life = Life { paused: None, origin, replaces };
+            assert_eq!(is_due(&job), due, "{why}: {:?}", job.state);
+        }
+    }
 }

@@ -24,6 +24,7 @@ pub enum Dtype {
 /// One named tensor of a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct TensorSpec {
     /// Unique within the job, at most [`limits::MAX_TENSOR_NAME_BYTES`].
     pub name: String,
@@ -64,6 +65,7 @@ pub type Settings = BTreeMap<String, Setting>;
 /// Settings that apply to some tensors only.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct ParameterGroup {
     /// Names of the tensors in this group; a tensor is in at most one.
     pub tensors: Vec<String>,
@@ -74,6 +76,7 @@ pub struct ParameterGroup {
 /// Which aggregation function a job runs, and how.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct FunctionSpec {
     /// `sum`, `mean`, `weighted_mean`, `sgd`, `adam`, `adamw`, `adagrad` or `lion`.
     pub name: String,
@@ -186,6 +189,7 @@ pub enum Init {
 /// All that a job is created with. Opening a job again with another spec is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct JobSpec {
     /// Whose job, and its name.
     pub key: JobKey,
@@ -233,7 +237,7 @@ pub enum OnLoss {
 /// What happens around a job's rounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Policy {
     /// Time without any member after which the job is deleted, milliseconds; `None` for never.
     pub ttl_ms: Option<u64>,

@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use futures::{StreamExt as _, TryStreamExt as _};
 use thalweg_protocol::{
     FrameBuilder, GradientHeader, Head, JobRecord, Kind, NonFinite, Rank, ShardIndex, Version, WireError,
     WorkerRef, offsets,
@@ -20,6 +21,8 @@ use crate::{
 
 /// Bytes copied and not yet sent that a push tolerates before it waits.
 const UNSENT_BYTES: u64 = 64 << 20;
+/// Shards on their way at once when parameters are read.
+const FETCHED_AT_ONCE: usize = 8;
 
 /// A member of a job. Dropped without [`Worker::leave`], its rank falls back when its lease ends.
 #[derive(Debug)]
@@ -135,17 +138,9 @@ impl Worker {
     /// [`Error::Refused`] when the job is over.
     pub async fn parameters(&self) -> Result<Vec<Vec<f32>>, Error> {
         let mut flat = Vec::with_capacity(usize::try_from(self.record.layout.elements).unwrap_or(0));
-        for shard in 0..self.record.layout.shards() {
-            let values = loop {
-                match fetch(self.client.nats(), &self.record, shard).await {
-                    Ok((_, _, values)) => break values,
-                    Err(error) if error.is_retryable() => {
-                        self.check()?;
-                        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                    }
-                    Err(error) => return Err(error.into()),
-                }
-            };
+        let shards = futures::stream::iter(0..self.record.layout.shards());
+        let mut shards = shards.map(|shard| self.shard_parameters(shard)).buffered(FETCHED_AT_ONCE);
+        while let Some(values) = shards.try_next().await? {
             flat.extend(values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
         }
         Ok(self
@@ -153,6 +148,19 @@ impl Worker {
             .windows(2)
             .map(|bounds| flat[bounds[0] as usize..bounds[1] as usize].to_vec())
             .collect())
+    }
+
+    async fn shard_parameters(&self, shard: ShardIndex) -> Result<bytes::Bytes, Error> {
+        loop {
+            match fetch(self.client.nats(), &self.record, shard).await {
+                Ok((_, _, values)) => return Ok(values),
+                Err(error) if error.is_retryable() => {
+                    self.check()?;
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Pushes all tensors of one round and waits for their results.

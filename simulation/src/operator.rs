@@ -82,11 +82,11 @@ impl World {
     pub(crate) fn operator_done(&mut self, done: Done) {
         match done {
             Done::Deleted => self.deleting = Some(true),
-            Done::Settings(key, life, revision) => {
-                // Of a life that has ended meanwhile nothing is known for certain.
-                if self.record(&key).is_some_and(|record| record.incarnation == life) {
-                    self.checker.settings_told(life, revision.revision, revision.from_round);
-                }
+            // Of a life that has ended meanwhile nothing is known for certain.
+            Done::Settings(key, life, revision)
+                if self.record(&key).is_some_and(|record| record.incarnation == life) =>
+            {
+                self.checker.settings_told(life, revision.revision, revision.from_round);
             }
             _ => {}
         }

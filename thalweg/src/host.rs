@@ -51,6 +51,7 @@ impl Host {
         live: Live,
         shutdown: CancellationToken,
     ) -> anyhow::Result<Self> {
+        allow_many_files();
         let handle = metrics::install()?;
         crate::metrics::describe();
         thalweg_store::metrics::describe();
@@ -88,5 +89,18 @@ impl Host {
         }
         self.ended.cancel();
         let _ = self.admin.await;
+    }
+}
+
+/// A store has one file open for every job, and what a shell allows at first (1,024 as a rule) is soon too few; up to
+/// the hard limit nobody minds.
+fn allow_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some() && limit.current != limit.maximum {
+        let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, most) {
+            tracing::debug!(%error, "the limit of open files stays as it is");
+        }
     }
 }

@@ -16,6 +16,12 @@ pub(crate) fn peak_rss_bytes(pid: u32) -> u64 {
     process.and_then(|process| process.status().ok()).and_then(|status| status.vmhwm).unwrap_or(0) * 1024
 }
 
+/// Resident memory of a process, bytes.
+pub(crate) fn rss_bytes(pid: u32) -> u64 {
+    let process = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok());
+    process.and_then(|process| process.status().ok()).and_then(|status| status.vmrss).unwrap_or(0) * 1024
+}
+
 /// Living children of a process.
 pub(crate) fn children(pid: u32) -> Vec<u32> {
     let Ok(processes) = all_processes() else { return Vec::new() };

@@ -10,7 +10,7 @@ use crate::events;
 
 const JOB: Incarnation = Incarnation([1; 16]);
 
-fn record() -> JobRecord {
+pub(crate) fn record() -> JobRecord {
     let function = FunctionSpec::named("sgd").number("lr", 0.1).number("momentum", 0.9);
     let spec = JobSpec {
         key: JobKey { tenant: "t".parse().unwrap(), job: "j".parse().unwrap() },

@@ -5,6 +5,7 @@ mod backlog;
 mod crew;
 mod load;
 mod raw;
+mod service;
 mod stack;
 mod store;
 mod worker;
@@ -28,6 +29,8 @@ enum What {
     Allreduce(allreduce::Args),
     /// A model far larger than an invoker's memory, with a straggler
     Backlog(backlog::Args),
+    /// What joining, snapshots and idle jobs cost those who train
+    Service(service::Args),
     /// Commits of shards against a bare pwrite and fdatasync of the same bytes
     Store(store::Args),
 }
@@ -41,6 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
+        What::Service(args) => service::run(&args),
         What::Store(args) => store::run(&args),
     }
 }

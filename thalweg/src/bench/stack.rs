@@ -98,6 +98,12 @@ impl Stack {
         process::children(self.autoscaler.id())
     }
 
+    /// Process ids of all parts.
+    pub(super) fn pids(&self) -> Vec<u32> {
+        let parts = [self.server.pid(), self.store.id(), self.gateway.id(), self.autoscaler.id()];
+        parts.into_iter().chain(self.invokers()).collect()
+    }
+
     /// CPU time so far.
     pub(super) fn cpu(&self) -> Cpu {
         let (autoscaler, ended) = process::cpu_seconds(self.autoscaler.id());
