@@ -1,11 +1,12 @@
 //! Operating a process while it runs: log filter, reloading, systemd.
 
 use std::{
+    cell::Cell,
     fs,
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use thalweg_tests::{PATIENCE, cluster, eventually};
@@ -14,14 +15,25 @@ use tokio::{
     net::TcpStream,
 };
 
-/// A `thalweg` with a directory of its own, killed when the test ends.
+/// A `thalweg` with a directory of its own, ended with the test.
 struct Process {
     child: Child,
+    /// It was asked to end.
+    told: Cell<bool>,
     directory: tempfile::TempDir,
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
+        // In order, as long as that works: `thalweg up` has a nats-server to end.
+        // A second request would be obeyed at once.
+        if !self.told.get() {
+            let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        }
+        let until = Instant::now() + PATIENCE;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
@@ -50,7 +62,7 @@ impl Process {
             .stderr(fs::File::create(path("log")).expect("a log"));
         change(&mut command);
         let child = command.spawn().expect("the binary runs");
-        Self { child, directory }
+        Self { child, told: Cell::new(false), directory }
     }
 
     /// A store that waits for a broker which never comes: enough of a process for most of this.
@@ -102,6 +114,7 @@ impl Process {
     }
 
     fn signal(&self, signal: &str) {
+        self.told.set(self.told.get() || signal == "-TERM");
         let pid = self.child.id().to_string();
         let status = Command::new("kill").args([signal, &pid]).status().expect("kill runs");
         assert!(status.success());
