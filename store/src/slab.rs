@@ -320,16 +320,21 @@ impl Slab {
         self.verify(&mut shard)?;
         let head = self.head_of(&shard, index)?;
         let wanted = if slots { self.job.state_bytes(index) } else { self.job.parameter_bytes(index) };
-        let Some(header) = shard.current_header() else {
+        let Some(current) = shard.current else {
             let values = vec![0; wanted].into();
             return Ok((ShardState { head, ledger: rules::empty_ledger(), values }, 0));
         };
-        // Copied under the shard's lock (rule P26): no later commit can reuse the slot meanwhile.
+        Ok((self.read_slot(&shard, current, wanted)?, self.ticket(&shard)))
+    }
+
+    /// Copies the first `wanted` bytes of a slot that was checked. Under its shard's lock (rule P26): no later commit
+    /// can reuse the slot meanwhile.
+    fn read_slot(&self, shard: &Shard, slot: u32, wanted: usize) -> Result<ShardState, StoreError> {
+        let Some(header) = shard.header_of(Some(slot)) else { return Err(rules::not_ready(&self.job)) };
         let mut values = vec![0; wanted];
-        let offset = self.offset(shard.current.unwrap_or(0)) + self.geometry.header_area as u64;
+        let offset = self.offset(slot) + self.geometry.header_area as u64;
         self.file.read_at(&mut values, offset).map_err(|error| broken(&error))?;
-        let state = ShardState { head, ledger: header.ledger.clone(), values: values.into() };
-        Ok((state, self.ticket(&shard)))
+        Ok(ShardState { head: header.head, ledger: header.ledger.clone(), values: values.into() })
     }
 
     pub(crate) fn commit(&self, commit: Commit, state: &[u8]) -> Result<Written, StoreError> {

@@ -10,7 +10,10 @@ use std::{
 
 use thalweg_protocol::{ErrorCode, Incarnation, Init, ShardIndex, Version, limits};
 
-use super::{Slab, broken, lock, pool::Common};
+use super::{
+    Slab, broken, lock,
+    pool::{Common, Shard},
+};
 use crate::{ShardState, StoreError, rules};
 
 /// A version that somebody is reading.
@@ -36,26 +39,34 @@ impl Common {
 impl Slab {
     /// Takes or renews a hold: the version it keeps, and whether all shards have it.
     pub(crate) fn hold(&self, id: Incarnation) -> Result<(Version, bool), StoreError> {
+        if let Some(renewed) = self.renew(id)? {
+            return Ok(renewed);
+        }
+        // Reads every slot there is, so only for a new one.
         let salvaged = if self.is_lost() { Some(self.newest_whole()?) } else { None };
-        let now = Instant::now();
         let mut common = lock(&self.common);
-        if self.job.init == Init::Upload && common.superblock.active.is_none() {
-            return Err(rules::not_ready(&self.job));
-        }
-        common.forget_old_holds(now);
-        if let Some(hold) = common.holds.iter_mut().find(|hold| hold.id == id) {
-            hold.renewed = now;
-            let version = hold.version;
-            return Ok((version, salvaged.is_some() || common.cut() >= version));
-        }
         if common.holds.len() >= limits::MAX_HOLDS {
             return Err(rules::too_many_holds(&self.job));
         }
         // Every shard stands there or will come by: none is further.
         let newest = common.versions.last_key_value().map_or(self.job.first_version, |(version, _)| *version);
         let version = salvaged.unwrap_or(newest);
-        common.holds.push(Hold { id, version, renewed: now });
+        common.holds.push(Hold { id, version, renewed: Instant::now() });
         Ok((version, salvaged.is_some() || common.cut() >= version))
+    }
+
+    /// Renews a hold that is there.
+    fn renew(&self, id: Incarnation) -> Result<Option<(Version, bool)>, StoreError> {
+        let now = Instant::now();
+        let mut common = lock(&self.common);
+        if self.job.init == Init::Upload && common.superblock.active.is_none() {
+            return Err(rules::not_ready(&self.job));
+        }
+        common.forget_old_holds(now);
+        let Some(hold) = common.holds.iter_mut().find(|hold| hold.id == id) else { return Ok(None) };
+        hold.renewed = now;
+        let version = hold.version;
+        Ok(Some((version, self.is_lost() || common.cut() >= version)))
     }
 
     pub(crate) fn release(&self, id: Incarnation) {
@@ -79,17 +90,8 @@ impl Slab {
             (hold.version, active)
         };
         let wanted = if slots { self.job.state_bytes(index) } else { self.job.parameter_bytes(index) };
-        while let Some(slot) = shard.newest_at(version, &self.job, active) {
-            if !self.check_slot(&mut shard, slot).map_err(|error| broken(&error))? {
-                continue;
-            }
-            let Some(header) = shard.header_of(Some(slot)) else { continue };
-            let mut values = vec![0; wanted];
-            let offset = self.offset(slot) + self.geometry.header_area as u64;
-            self.file.read_at(&mut values, offset).map_err(|error| broken(&error))?;
-            let state =
-                ShardState { head: header.head, ledger: header.ledger.clone(), values: values.into() };
-            return Ok((state, self.ticket(&shard)));
+        if let Some(slot) = self.whole_at(&mut shard, version, active)? {
+            return Ok((self.read_slot(&shard, slot, wanted)?, self.ticket(&shard)));
         }
         let stands_at = shard.current_header().map_or(self.job.first_version, |header| header.head.version);
         if version == self.job.first_version && self.job.init == Init::Zeros {
@@ -104,6 +106,21 @@ impl Slab {
         }
     }
 
+    /// The newest whole slot of a version; torn ones are set aside.
+    fn whole_at(
+        &self,
+        shard: &mut Shard,
+        version: Version,
+        active: Option<Incarnation>,
+    ) -> Result<Option<u32>, StoreError> {
+        while let Some(slot) = shard.newest_at(version, &self.job, active) {
+            if self.check_slot(shard, slot).map_err(|error| broken(&error))? {
+                return Ok(Some(slot));
+            }
+        }
+        Ok(None)
+    }
+
     /// The newest version that every shard has whole, of a job that has lost rounds.
     fn newest_whole(&self) -> Result<Version, StoreError> {
         let active = lock(&self.common).superblock.active;
@@ -112,14 +129,8 @@ impl Slab {
             let mut shard = self.shard(index)?;
             let versions: BTreeSet<_> = shard.versions(&self.job, active).collect();
             for version in versions {
-                // Until one of that version is whole, or none is left.
-                let whole = loop {
-                    let Some(slot) = shard.newest_at(version, &self.job, active) else { break false };
-                    if self.check_slot(&mut shard, slot).map_err(|error| broken(&error))? {
-                        break true;
-                    }
-                };
-                *shards_with.entry(version).or_default() += u32::from(whole);
+                let whole = self.whole_at(&mut shard, version, active)?;
+                *shards_with.entry(version).or_default() += u32::from(whole.is_some());
             }
             if self.job.init == Init::Zeros && shard.newest_at(0, &self.job, active).is_none() {
                 *shards_with.entry(0).or_default() += 1;
