@@ -16,7 +16,9 @@ pub const BEFORE_PUBLISH: &str = "before_publish";
 pub const BEFORE_ACK: &str = "before_ack";
 /// Slabs synced, durable pointers not yet written.
 pub const IN_FLUSH: &str = "in_flush";
-/// All stages.
+/// Some of a round folded, not yet sent to the store. Only rounds that last come here, so it is not one of [`ALL`].
+pub const BEFORE_PARTIAL: &str = "before_partial";
+/// The stages that every round comes by.
 pub const ALL: [&str; 5] = [BEFORE_FOLD, BEFORE_COMMIT, BEFORE_PUBLISH, BEFORE_ACK, IN_FLUSH];
 
 /// Marks that `stage` has been reached.

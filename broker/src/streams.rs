@@ -109,6 +109,9 @@ pub trait Queues: Send + Sync + std::fmt::Debug {
     /// Reads a message by its sequence, delivered or not; `None` when it is not there any more.
     async fn read(&self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError>;
 
+    /// Stores a message in a queue; returns when it is there.
+    async fn publish(&self, partition: Partition, subject: &str, frame: Bytes) -> Result<(), QueueError>;
+
     /// Removes a job's dead letters.
     async fn forget(&self, job: &JobKey) -> Result<(), QueueError>;
 }
@@ -300,6 +303,12 @@ impl Queues for jetstream::Context {
             Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
             Err(error) => Err(unavailable(error)),
         }
+    }
+
+    async fn publish(&self, _: Partition, subject: &str, frame: Bytes) -> Result<(), QueueError> {
+        let stored =
+            jetstream::Context::publish(self, subject.to_owned(), frame).await.map_err(unavailable)?;
+        stored.await.map(drop).map_err(unavailable)
     }
 
     async fn forget(&self, job: &JobKey) -> Result<(), QueueError> {

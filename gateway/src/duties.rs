@@ -113,8 +113,8 @@ impl Gateway {
         (self.lease / 8).clamp(Duration::from_millis(20), Duration::from_secs(1))
     }
 
-    /// Where this gateway leads: expires silent workers, levels shards that nobody else would, and frees the
-    /// windows of those whose messages are gone.
+    /// Where this gateway leads: expires silent workers, levels shards that nobody else would, nudges who holds open
+    /// rounds, and frees the windows of those whose messages are gone.
     pub async fn sweep(&self, queues: &dyn Queues, partitions: Partition) {
         let (expired, has_gone, stale, unfinished, unfenced, abandoned) = {
             let now = (self.clock)();
@@ -189,6 +189,7 @@ impl Gateway {
                 Err(error) => tracing::debug!(%key, %error, "shards not levelled yet"),
             }
         }
+        self.nudge(queues).await;
         if has_gone && let Ok(depths) = queues.depths(partitions).await {
             self.shared().windows.settle(&depths);
         }

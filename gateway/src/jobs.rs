@@ -4,8 +4,9 @@ use std::{fmt, sync::Arc};
 
 use thalweg_broker::{Queues, Registry, RegistryError};
 use thalweg_protocol::{
-    Durability, ErrorCode, Incarnation, JobKey, JobRecord, JobSpec, JobState, Layout, Life, Partition,
-    Roster, STORE_KEY, SettingsRevision, StoreId, StoreRecord, WireError, job_key, limits, roster_key,
+    Durability, ErrorCode, FoldOrder, Incarnation, JobKey, JobRecord, JobSpec, JobState, Layout, Life,
+    Partition, Roster, STORE_KEY, SettingsRevision, StoreId, StoreRecord, WireError, job_key, limits,
+    roster_key,
 };
 use thalweg_store::{ShardStore, StoreError};
 
@@ -166,20 +167,10 @@ impl Jobs {
                 store.delete(*replaced).await.map_err(store_error)?;
             }
         }
-        let (roster, revision_of_roster) =
-            self.registry.get::<Roster>(&roster_key(&key)).await.map_err(unavailable)?;
-        if roster.is_none_or(|roster| roster.job != record.incarnation) {
-            // What was in force before this life is in force from its beginning.
-            let revision = record.settings.last().map_or(0, |last| last.revision);
-            // Who was in a job that has lost rounds comes back when it can, and perhaps not everybody.
-            let recovered = !record.life.replaces.is_empty()
-                && record.life.origin.as_ref().is_none_or(|origin| origin.rolled_back);
-            let roster = Roster { revision, started: recovered, ..Roster::new(record.incarnation) };
-            // A conflict means that somebody else is at it; the record tells who has finished.
-            self.put_roster(&key, &roster, revision_of_roster).await?;
-        }
         record.state = first_state(&record);
-        if self.registry.put(&job_key(&key), &record, revision).await.map_err(unavailable)?.is_ok() {
+        if self.found(&record, revision).await?
+            && self.registry.put(&job_key(&key), &record, revision).await.map_err(unavailable)?.is_ok()
+        {
             tracing::info!(job = %key, incarnation = %record.incarnation, "job created");
             if record.spec.durability == Durability::Disk && !self.nats_syncs_always {
                 tracing::warn!(
@@ -197,6 +188,34 @@ impl Jobs {
             store.delete(record.incarnation).await.map_err(store_error)?;
         }
         Ok(false)
+    }
+
+    /// Gives a life its first roster; `false` when the record was changed meanwhile.
+    ///
+    /// Two gateways may be at two lives of a job. The roster is read before the record: whoever is at the older life
+    /// then either sees that, or writes first, and is overwritten.
+    async fn found(&self, record: &JobRecord, revision: u64) -> Result<bool, WireError> {
+        let key = &record.spec.key;
+        // What was in force before this life is in force from its beginning.
+        let in_force = record.settings.last().map_or(0, |last| last.revision);
+        // Who was in a job that has lost rounds comes back when it can, and perhaps not everybody.
+        let recovered = !record.life.replaces.is_empty()
+            && record.life.origin.as_ref().is_none_or(|origin| origin.rolled_back);
+        let first = Roster { revision: in_force, started: recovered, ..Roster::new(record.incarnation) };
+        for _ in 0..MAX_CONFLICTS {
+            let (roster, at) = self.registry.get::<Roster>(&roster_key(key)).await.map_err(unavailable)?;
+            if roster.is_some_and(|roster| roster.job == record.incarnation) {
+                return Ok(true);
+            }
+            let (_, newest) = self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
+            if newest != revision {
+                return Ok(false);
+            }
+            if self.put_roster(key, &first, at).await? {
+                return Ok(true);
+            }
+        }
+        Err(busy("the roster"))
     }
 
     /// A life that was lost with the power before anybody could use it is made anew, as another one, so that whoever
@@ -218,7 +237,11 @@ impl Jobs {
         };
         let elements: u64 = spec.tensors.iter().filter_map(|tensor| tensor.elements()).sum();
         // State and message overhead have to fit one message of this server.
-        let room = self.max_payload.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES);
+        let order = match spec.policy.order {
+            FoldOrder::Rank => 0,
+            FoldOrder::Arrival => limits::ORDERED_RANK_BYTES * spec.max_members as usize,
+        };
+        let room = self.max_payload.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES + order);
         let most = (room / (4 * (1 + slots as usize))).max(1);
         let wanted = (spec.shard_bytes / 4) as usize;
         let shard_elements = u32::try_from(wanted.min(most)).unwrap_or(u32::MAX);

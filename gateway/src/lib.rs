@@ -12,6 +12,7 @@ mod jobs;
 pub mod leases;
 mod membership;
 pub mod metrics;
+mod nudges;
 mod recovery;
 pub mod roster;
 mod run;
@@ -19,5 +20,6 @@ mod service;
 pub mod windows;
 
 pub use jobs::{Jobs, Stores};
+pub use nudges::WallClock;
 pub use run::{Config, GatewayError, listen, run};
 pub use service::{Clock, Gateway};

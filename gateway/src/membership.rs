@@ -164,11 +164,16 @@ impl Jobs {
                 if state.head.version >= version {
                     break;
                 }
+                // What has been folded of that round was contributed by workers that have all left.
+                let standing = store.fetch_head(record.incarnation, shard).await.map_err(store_error)?;
+                if standing.head.closed() != state.head {
+                    continue;
+                }
                 let round = state.head.version + 1;
                 let commit = Commit {
                     job: record.incarnation,
                     shard,
-                    expect: state.head,
+                    expect: standing.head,
                     ledger: Ledger {
                         round,
                         roster_epoch: roster.epoch,

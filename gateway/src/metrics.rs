@@ -11,6 +11,8 @@ const EXPIRED: &str = "thalweg_gateway_workers_expired_total";
 const JOBS: &str = "thalweg_gateway_jobs";
 const WORKERS: &str = "thalweg_gateway_workers";
 const GRANTED: &str = "thalweg_gateway_window_bytes";
+const OPEN_ROUNDS: &str = "thalweg_gateway_open_rounds";
+const NUDGES: &str = "thalweg_gateway_nudges_total";
 const HTTP_REQUESTS: &str = "thalweg_gateway_http_requests_total";
 const HTTP_DURATION: &str = "thalweg_gateway_http_request_seconds";
 
@@ -22,11 +24,21 @@ pub fn describe() {
     describe_gauge!(JOBS, "Jobs in the registry");
     describe_gauge!(WORKERS, "Workers on rosters");
     describe_gauge!(GRANTED, "Bytes in flight granted to workers");
+    describe_gauge!(OPEN_ROUNDS, "Shards whose next round has partial commits");
+    describe_counter!(NUDGES, "Messages that ask invokers to look at open rounds again");
     describe_counter!(HTTP_REQUESTS, "HTTP requests, by the route's template and status");
     describe_histogram!(
         HTTP_DURATION,
         "Time until the head of an HTTP answer (what is streamed may take longer), by the route's template"
     );
+}
+
+pub(crate) fn open_rounds(shards: usize) {
+    gauge!(OPEN_ROUNDS).set(shards as f64);
+}
+
+pub(crate) fn nudged() {
+    counter!(NUDGES).increment(1);
 }
 
 pub(crate) fn request(kind: &'static str) {

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -17,7 +17,9 @@ use crate::{
     events::{self, Sink},
     jobs::{Jobs, over},
     leases::Leases,
-    metrics, recovery,
+    metrics,
+    nudges::{Nudged, WallClock},
+    recovery,
     windows::Windows,
 };
 
@@ -28,6 +30,7 @@ pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 pub struct Gateway {
     pub(crate) jobs: Jobs,
     pub(crate) clock: Clock,
+    pub(crate) wall_clock: WallClock,
     pub(crate) lease: Duration,
     shared: Mutex<Shared>,
 }
@@ -57,6 +60,8 @@ pub(crate) struct Shared {
     pub(crate) recovering: BTreeSet<JobKey>,
     /// Since when lives of jobs have had no member.
     pub(crate) deserted_since: BTreeMap<JobKey, (Incarnation, Instant)>,
+    /// Open rounds that somebody was asked to look at.
+    pub(crate) nudged: Nudged,
     events: Option<Sink>,
 }
 
@@ -76,9 +81,20 @@ impl Gateway {
             deleting: BTreeMap::new(),
             deserted_since: BTreeMap::new(),
             recovering: BTreeSet::new(),
+            nudged: Nudged::new(),
             events: None,
         };
-        Self { jobs, clock, lease, shared: Mutex::new(shared) }
+        let wall_clock = Arc::new(|| {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        });
+        Self { jobs, clock, wall_clock, lease, shared: Mutex::new(shared) }
+    }
+
+    /// Goes by another time of day than the system's: deadlines of rounds count by it.
+    #[must_use]
+    pub fn on_wall_clock(self, wall_clock: WallClock) -> Self {
+        Self { wall_clock, ..self }
     }
 
     /// Shares another budget of bytes in flight from now on ([`Windows::set_budget`]).

@@ -4,9 +4,9 @@ use std::panic::AssertUnwindSafe;
 
 use bytes::Bytes;
 use thalweg_broker::{Queues, Registry, stage};
-use thalweg_functions::{Contribution, Kind as FunctionKind, ShardContext};
+use thalweg_functions::{Contribution, ShardContext};
 use thalweg_protocol::{GradientHeader, Kind, Suspect, checksum, frame, suspect_key};
-use thalweg_store::ShardStore;
+use thalweg_store::{ShardStore, StoreError};
 
 use crate::core::{FoldError, Input, Plan, may_pass};
 
@@ -27,7 +27,7 @@ pub struct FoldContext<'a> {
     pub suspect: Option<Suspect>,
 }
 
-/// Folds one round of one shard; returns the next state.
+/// Folds one round of one shard, or some more of it; returns the next state, or the suspended fold.
 ///
 /// # Errors
 /// [`FoldError`].
@@ -35,29 +35,18 @@ pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldE
     stage::reached(stage::BEFORE_FOLD);
     let function = plan.job.function(plan.round).clone();
     let elements = plan.job.record.layout.len(plan.shard);
-    let weights: f64 = plan.inputs.iter().map(|input| f64::from(input.weight)).sum();
-    // A reduction overwrites the state, so that it need not be read, unless it may stay as it is.
-    let needs_state = function.kind() == FunctionKind::Optimizer || plan.inputs.is_empty() || weights == 0.0;
-    let state = if needs_state {
-        let job = plan.job.record.incarnation;
-        let state = context.store.fetch(job, plan.shard, true).await;
-        let state = state.map_err(|error| {
-            if may_pass(&error) {
-                FoldError::Unavailable(error.to_string())
-            } else {
-                FoldError::Refused(error)
-            }
-        })?;
-        if state.head != plan.expect {
+    let groups = plan.job.groups(plan.shard);
+    let shard = ShardContext { elements, groups: &groups, round: plan.round };
+    let mut fold = if plan.expect.fold_count > 0 {
+        let open = context.store.fetch_partial(plan.job.record.incarnation, plan.shard).await;
+        let Some((head, _, partial)) = open.map_err(refused)? else { return Err(FoldError::Moved) };
+        if head != plan.expect {
             return Err(FoldError::Moved);
         }
-        state.values
+        function.resume(shard, &partial).map_err(|error| FoldError::Function(error.to_string()))?
     } else {
-        Bytes::new()
+        function.begin(shard)
     };
-    let groups = plan.job.groups(plan.shard);
-    let mut out = Vec::with_capacity(elements * 4 * (1 + function.slots()));
-    let mut fold = function.begin(ShardContext { elements, groups: &groups, round: plan.round });
     for input in &plan.inputs {
         let parked;
         let values = match &input.values {
@@ -74,8 +63,30 @@ pub async fn fold(context: &FoldContext<'_>, plan: &Plan) -> Result<Bytes, FoldE
         let contribution = Contribution { rank: input.rank, weight: input.weight, values };
         guard(|| fold.accept(contribution))?;
     }
+    if plan.suspend {
+        let mut out = Vec::with_capacity(function.partial_bytes(elements));
+        guard(|| fold.suspend(&mut out))?;
+        return Ok(Bytes::from(out));
+    }
+    // A reduction overwrites the state, so that it need not be read, unless it stays as it is.
+    let state = if fold.needs_state() {
+        let state =
+            context.store.fetch(plan.job.record.incarnation, plan.shard, true).await.map_err(refused)?;
+        if state.head != plan.expect.closed() {
+            return Err(FoldError::Moved);
+        }
+        state.values
+    } else {
+        Bytes::new()
+    };
+    let mut out = Vec::with_capacity(elements * 4 * (1 + function.slots()));
     guard(|| fold.finish(&state, &mut out))?;
     Ok(Bytes::from(out))
+}
+
+/// What the store says when it gives nothing.
+fn refused(error: StoreError) -> FoldError {
+    if may_pass(&error) { FoldError::Unavailable(error.to_string()) } else { FoldError::Refused(error) }
 }
 
 /// A function that panics fails its job, not its invoker.

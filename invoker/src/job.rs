@@ -5,7 +5,7 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 use thalweg_broker::{Registry, RegistryError};
 use thalweg_functions::{AggregationFunction, InvalidSettings};
 use thalweg_protocol::{
-    Incarnation, JobKey, JobRecord, JobState, Roster, Round, SettingsRevision, ShardIndex, WireError,
+    Incarnation, JobKey, JobRecord, JobState, Member, Roster, Round, SettingsRevision, ShardIndex, WireError,
     job_key, offsets, roster_key,
 };
 
@@ -20,6 +20,8 @@ pub struct Job {
     functions: Vec<Arc<dyn AggregationFunction>>,
     /// Elements of the flattened vector by parameter group, ascending.
     groups: Vec<(Range<u64>, usize)>,
+    /// Where in the roster each worker's tenure is.
+    tenures: HashMap<Incarnation, usize>,
 }
 
 /// Settings that may be used: a revision that the roster does not vouch for may begin later than it says now. The
@@ -47,7 +49,15 @@ impl Job {
         let groups = (record.spec.tensors.iter().zip(starts.windows(2)))
             .filter_map(|(tensor, bounds)| Some((bounds[0]..bounds[1], *by_name.get(tensor.name.as_str())?)))
             .collect();
-        Ok(Self { record, roster, functions, groups })
+        let tenures =
+            roster.members.iter().enumerate().map(|(at, member)| (member.incarnation, at)).collect();
+        Ok(Self { record, roster, functions, groups, tenures })
+    }
+
+    /// The tenure of a worker's life.
+    #[must_use]
+    pub fn tenure(&self, worker: Incarnation) -> Option<&Member> {
+        self.tenures.get(&worker).map(|&at| &self.roster.members[at])
     }
 
     /// The settings that fold `round`: the newest that begin before it, of those that the roster vouches for.

@@ -8,6 +8,8 @@ use thalweg_protocol::ErrorCode;
 const DELIVERED: &str = "thalweg_invoker_deliveries_total";
 const DELIVERED_BYTES: &str = "thalweg_invoker_delivered_bytes_total";
 const ROUNDS: &str = "thalweg_invoker_rounds_total";
+const PARTIALS: &str = "thalweg_invoker_partial_commits_total";
+const PARTIAL_CONTRIBUTORS: &str = "thalweg_invoker_partial_contributors";
 const FOLDED_BYTES: &str = "thalweg_invoker_folded_bytes_total";
 const CONTRIBUTORS: &str = "thalweg_invoker_round_contributions";
 const LEFTOVERS: &str = "thalweg_invoker_leftovers_total";
@@ -25,8 +27,10 @@ pub fn describe() {
     describe_counter!(DELIVERED, "Messages taken from work queues");
     describe_counter!(DELIVERED_BYTES, "Their bytes");
     describe_counter!(ROUNDS, "Rounds committed, by shard, with whether they closed below quorum");
-    describe_counter!(FOLDED_BYTES, "Bytes of contributions in committed rounds");
+    describe_counter!(PARTIALS, "Partial commits: some of a round that goes on");
+    describe_counter!(FOLDED_BYTES, "Bytes of contributions in commits, partial or not");
     describe_histogram!(CONTRIBUTORS, "Contributions counted in a round of a shard");
+    describe_histogram!(PARTIAL_CONTRIBUTORS, "Contributions counted in a partial commit");
     describe_counter!(LEFTOVERS, "Contributions acknowledged without being counted, by reason");
     describe_counter!(REJECTS, "Contributions that their senders were told about, by code");
     describe_counter!(DEAD_LETTERS, "Messages put aside, by code");
@@ -43,9 +47,15 @@ pub(crate) fn delivered(bytes: usize) {
     counter!(DELIVERED_BYTES).increment(bytes as u64);
 }
 
-pub(crate) fn round(contributions: usize, bytes: usize, below_quorum: bool) {
+pub(crate) fn partial(contributions: usize, bytes: u64) {
+    counter!(PARTIALS).increment(1);
+    counter!(FOLDED_BYTES).increment(bytes);
+    histogram!(PARTIAL_CONTRIBUTORS).record(contributions as f64);
+}
+
+pub(crate) fn round(contributions: usize, bytes: u64, below_quorum: bool) {
     counter!(ROUNDS, "below_quorum" => if below_quorum { "true" } else { "false" }).increment(1);
-    counter!(FOLDED_BYTES).increment(bytes as u64);
+    counter!(FOLDED_BYTES).increment(bytes);
     histogram!(CONTRIBUTORS).record(contributions as f64);
 }
 

@@ -44,6 +44,10 @@ pub struct Config {
     pub beat_ms: u64,
     /// Longest time to hand partitions over when it is told to stop, milliseconds. Default 5000.
     pub drain_ms: u64,
+    /// Time that a contribution waits for the others of its round before it is folded without them, milliseconds.
+    /// Its message then leaves the queue, and an invoker whose queues are empty can be spared. Each such partial
+    /// commit writes as much as the shard has parameters. Default 10000.
+    pub linger_ms: u64,
 }
 
 impl Default for Config {
@@ -55,10 +59,13 @@ impl Default for Config {
             invocations: 8,
             beat_ms: 500,
             drain_ms: 5000,
+            linger_ms: 10_000,
         }
     }
 }
 
+/// Contributions to one shard that are worth a partial commit.
+const PARTIAL_ENTRIES: usize = 64;
 /// Share of the budget that may be under way in pull requests.
 const PULL_SHARE: usize = 8;
 /// Placement is read again this often, in case a hint was lost.
@@ -91,6 +98,8 @@ pub async fn run(
         held_bytes: config.memory_bytes / 8 * 3,
         invocations: config.invocations.max(1),
         idle_shards: 16 * 1024,
+        partial_entries: PARTIAL_ENTRIES,
+        linger: config.linger_ms,
     };
     let inbox = connection.client.new_inbox();
     let mut shell = Shell {
@@ -133,6 +142,8 @@ async fn open_registry(connection: &Connection, shutdown: &CancellationToken) ->
 /// End of something the shell waited for.
 enum Done {
     Event(Event),
+    /// A fold has ended, of so many bytes.
+    Folded(Event, u64),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
     Placement(Result<Placement, RegistryError>),
     Nothing,
@@ -284,6 +295,11 @@ impl Shell {
 
     async fn done(&mut self, done: Done) {
         match done {
+            Done::Folded(event, bytes) => {
+                self.busyness.folded(bytes);
+                let actions = self.core.handle(event, now());
+                self.perform(actions).await;
+            }
             Done::Event(event) => {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;

@@ -49,6 +49,8 @@ pub enum Kind {
     Record = 8,
     /// A heartbeat of an invoker.
     Beat = 9,
+    /// [`crate::Nudge`], in the work queue of a shard.
+    Nudge = 10,
 }
 
 #[derive(Serialize)]

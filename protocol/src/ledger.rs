@@ -81,6 +81,10 @@ pub struct Ledger {
     pub void: RankSet,
     /// The round closed with fewer contributions than its quorum, because nobody else could come.
     pub below_quorum: bool,
+    /// The counted ranks in the order in which they were folded, of a job whose order is
+    /// [`crate::FoldOrder::Arrival`]; empty where that is by rank.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub order: Vec<Rank>,
 }
 
 impl Ledger {
@@ -91,18 +95,43 @@ impl Ledger {
     }
 }
 
+/// What an open round contains so far: its partial commits (rule P12). Kept beside the state, which stays what it is
+/// until the round closes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Partial {
+    /// As that of a round that has closed; its roster and settings revision are those of the newest partial commit.
+    pub ledger: Ledger,
+    /// When the broker stored the round's first contribution, milliseconds since the Unix epoch: the deadline counts
+    /// from here.
+    pub first: u64,
+    /// Oldest roster by which somebody in it was taken to be a member.
+    pub since: Epoch,
+}
+
 /// Where a shard stands; what a commit expects and what it makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Head {
     /// Rounds applied.
     pub version: u64,
-    /// Partial commits since that version. Always 0 today; the door for rule P12.
+    /// Partial commits since that version (rule P12). The state is the same whatever their number.
     pub fold_count: u32,
     /// Names the version by its whole history.
     pub state_id: StateId,
 }
 
 impl Head {
+    /// The same version after another partial commit.
+    #[must_use]
+    pub fn folded_on(self) -> Self {
+        Self { fold_count: self.fold_count + 1, ..self }
+    }
+
+    /// The version, whatever has been folded towards the next one.
+    #[must_use]
+    pub fn closed(self) -> Self {
+        Self { fold_count: 0, ..self }
+    }
+
     /// The same state at another version: the first one of a life that goes on from a snapshot.
     #[must_use]
     pub fn at_version(self, version: u64) -> Self {
@@ -131,6 +160,12 @@ impl Head {
         hasher.update(&ledger.revision.to_be_bytes()).update(&[u8::from(ledger.below_quorum)]);
         for set in [&ledger.counted, &ledger.void] {
             hasher.update(&(set.0.len() as u64).to_be_bytes()).update(&set.0);
+        }
+        if !ledger.order.is_empty() {
+            hasher.update(&(ledger.order.len() as u64).to_be_bytes());
+            for rank in &ledger.order {
+                hasher.update(&rank.to_be_bytes());
+            }
         }
         hasher.update(&function).update(&checksum.to_be_bytes());
         Self { version: ledger.round, fold_count: 0, state_id: truncate(&hasher) }
@@ -167,7 +202,9 @@ mod tests {
         others.push(start.next(&Ledger { roster_epoch: 2, ..ledger.clone() }, [2; 16], 8));
         others.push(start.next(&Ledger { revision: 1, ..ledger.clone() }, [2; 16], 8));
         others.push(start.next(&Ledger { below_quorum: true, ..ledger.clone() }, [2; 16], 8));
-        let swapped = Ledger { void: ledger.counted.clone(), counted: RankSet::default(), ..ledger };
+        others.push(start.next(&Ledger { order: vec![0, 1], ..ledger.clone() }, [2; 16], 8));
+        others.push(start.next(&Ledger { order: vec![1, 0], ..ledger.clone() }, [2; 16], 8));
+        let swapped = Ledger { void: ledger.counted.clone(), counted: RankSet::default(), ..ledger.clone() };
         others.push(start.next(&swapped, [2; 16], 8));
         assert!(others.iter().all(|other| other.state_id != head.state_id));
         assert_eq!(start.next(&ledger, [2; 16], 8), head);

@@ -29,10 +29,11 @@ pub use ids::{
     StoreId, Version,
 };
 pub use layout::{Layout, offsets, partition_of};
-pub use ledger::{Head, Ledger, RankSet};
+pub use ledger::{Head, Ledger, Partial, RankSet};
 pub use messages::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, JobCommand, JobSummary, MAX_HEADS,
-    Progress, Reject, ResultHeader, SettingsChange, StoreJob, StoreReply, StoreRequest, WorkerRef,
+    Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange, StoreJob, StoreReply,
+    StoreRequest, WorkerRef,
 };
 pub use records::{
     InvokerBeat, InvokerState, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
@@ -41,6 +42,6 @@ pub use records::{
 };
 pub use schedule::{Decay, Schedule};
 pub use spec::{
-    Dtype, Durability, FunctionSpec, Init, JobSpec, Mode, NonFinite, OnLoss, ParameterGroup, Policy, Setting,
-    Settings, SettingsRevision, TensorSpec,
+    Dtype, Durability, FoldOrder, FunctionSpec, Init, JobSpec, Mode, NonFinite, OnLoss, ParameterGroup,
+    Policy, Setting, Settings, SettingsRevision, TensorSpec,
 };

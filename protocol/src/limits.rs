@@ -28,14 +28,20 @@ pub const DEFAULT_SHARD_BYTES: u32 = 512 * 1024;
 /// Smallest shard a job may ask for, bytes.
 pub const MIN_SHARD_BYTES: u32 = 256;
 /// What header, ledger and framing may add to the payload of one message, bytes. A ledger of
-/// [`MAX_MEMBERS`] ranks takes two bitmaps of 2 KiB.
+/// [`MAX_MEMBERS`] ranks takes two bitmaps of 2 KiB; one that records an order, [`ORDERED_RANK_BYTES`] a rank more.
 pub const MESSAGE_OVERHEAD_BYTES: usize = 8 * 1024;
+/// Most bytes of a rank in the recorded order of a ledger.
+pub const ORDERED_RANK_BYTES: usize = 3;
+/// What a suspended fold may take beyond one f32 an element, bytes.
+pub const PARTIAL_OVERHEAD_BYTES: usize = 256;
+/// Most open rounds in one answer of the store.
+pub const MAX_OPEN_ROUNDS: u32 = 256;
 /// Default number of partitions.
 pub const DEFAULT_PARTITIONS: u16 = 32;
 /// Most partitions a deployment may have.
 pub const MAX_PARTITIONS: u16 = 1024;
-/// Longest deadline of a round, milliseconds (one hour; longer rounds need partial commits).
-pub const MAX_DEADLINE_MS: u64 = 3_600_000;
+/// Longest deadline of a round, milliseconds: a week.
+pub const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
 /// Longest human-readable message in a wire error, bytes; longer ones are cut with an ellipsis.
 pub const MAX_ERROR_BYTES: usize = 1024;
 /// Most entries of a page of any list.

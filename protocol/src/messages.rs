@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Durability, Epoch, FunctionSpec, Head, Incarnation, Init, JobKey, JobRecord, JobSpec, Layout, Ledger,
-    Name, Rank, Roster, Round, Settings, SettingsRevision, ShardIndex, StateId, Version, WireError,
+    Name, Partial, Rank, Roster, Round, Settings, SettingsRevision, ShardIndex, StateId, Version, WireError,
 };
 
 /// Header of a gradient batch: one worker's contribution for one shard in one round.
@@ -34,6 +34,16 @@ pub struct GradientHeader {
     pub void: bool,
     /// Elements of the shard as the worker sees it.
     pub elements: u32,
+}
+
+/// Header of a message that asks whoever holds a shard's partition to look at its open round again: the deadline has
+/// passed, or the roster has changed, while its queue may be empty and no invoker there (rule P12).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nudge {
+    /// Life of the job.
+    pub job: Incarnation,
+    /// The shard.
+    pub shard: ShardIndex,
 }
 
 /// Header of a round's result; the payload is the shard's parameters.
@@ -117,7 +127,22 @@ pub struct Commit {
     pub function: [u8; 16],
 }
 
-/// How a commit ended. Only [`CommitOutcome::Committed`] and
+/// A partial commit: the open round of one shard contains somebody more, by compare-and-swap (rule P12). The payload is
+/// the suspended fold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartialCommit {
+    /// Life of the job.
+    pub job: Incarnation,
+    /// The shard.
+    pub shard: ShardIndex,
+    /// Where the shard must stand.
+    pub expect: Head,
+    /// What the open round then contains, all earlier partial commits included; `ledger.round` must be
+    /// `expect.version + 1`.
+    pub partial: Partial,
+}
+
+/// How a commit, partial or not, ended. Only [`CommitOutcome::Committed`] and
 /// [`CommitOutcome::AlreadyCommitted`] mean that its state is the shard's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommitOutcome {
@@ -226,6 +251,22 @@ pub enum StoreRequest {
         /// The hold.
         hold: Incarnation,
     },
+    /// Compare-and-swap of what a shard's open round contains; the payload is the suspended fold.
+    CommitPartial(PartialCommit),
+    /// Reads what a shard's open round contains; the payload of the reply is the suspended fold.
+    FetchPartial {
+        /// Life of the job.
+        job: Incarnation,
+        /// The shard.
+        shard: ShardIndex,
+    },
+    /// The rounds that have partial commits and are still open, in the order of job and shard.
+    OpenRounds {
+        /// Only those behind this one.
+        after: Option<(Incarnation, ShardIndex)>,
+        /// How many, at most [`crate::limits::MAX_OPEN_ROUNDS`].
+        limit: u32,
+    },
 }
 
 /// Most heads in one request (40 bytes each).
@@ -255,6 +296,30 @@ pub enum StoreReply {
         /// All shards have it.
         complete: bool,
     },
+    /// One shard whose next round is open: where it stands, what its newest round contains and what the open one does
+    /// so far; the suspended fold is the payload when it was asked for.
+    Open(Head, Ledger, Box<Partial>),
+    /// A page of open rounds.
+    OpenRounds(Vec<OpenRound>),
+}
+
+/// A round that has partial commits and is still open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenRound {
+    /// Life of the job.
+    pub job: Incarnation,
+    /// The job's names.
+    pub key: JobKey,
+    /// The shard.
+    pub shard: ShardIndex,
+    /// Where it stands.
+    pub head: Head,
+    /// When the broker stored the round's first contribution, milliseconds since the Unix epoch.
+    pub first: u64,
+    /// Contributions in it that count.
+    pub counted: u32,
+    /// Roster of its newest partial commit.
+    pub roster_epoch: Epoch,
 }
 
 /// Requests to the gateway.

@@ -234,6 +234,25 @@ pub enum OnLoss {
     Reseed,
 }
 
+/// In which order a round's contributions are folded. The bits of the result depend on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum FoldOrder {
+    /// By rank, so that runs with the same contributions give the same bits. What comes before its turn waits in the
+    /// queue.
+    #[default]
+    Rank,
+    /// As they come; the ledger records the order. For rounds of thousands, or of hours.
+    Arrival,
+}
+
+impl FoldOrder {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// What happens around a job's rounds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -243,6 +262,9 @@ pub struct Policy {
     pub ttl_ms: Option<u64>,
     /// What happens when state is lost.
     pub on_loss: OnLoss,
+    /// In which order a round's contributions are folded.
+    #[serde(skip_serializing_if = "FoldOrder::is_default")]
+    pub order: FoldOrder,
 }
 
 impl Policy {

@@ -17,13 +17,13 @@ use std::{
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FrameError,
-    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
-    JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, NonFinite,
-    OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
-    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError,
-    WorkerRef, checksum, frame,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
+    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
+    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode,
+    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
+    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
+    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
+    Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -83,7 +83,13 @@ fn ledger() -> Ledger {
         counted: RankSet::from_iter([0, 1, 9]),
         void: RankSet::from_iter([2]),
         below_quorum: true,
+        order: Vec::new(),
     }
+}
+
+fn open_round() -> Partial {
+    let ledger = Ledger { round: 42, below_quorum: false, order: vec![9, 0, 300], ..ledger() };
+    Partial { ledger, first: 1_785_000_000_000, since: 299 }
 }
 
 fn error() -> WireError {
@@ -219,6 +225,9 @@ fn request_name(request: &StoreRequest) -> &'static str {
         StoreRequest::Hold { .. } => "store_request_hold",
         StoreRequest::FetchHeld { .. } => "store_request_fetch_held",
         StoreRequest::Release { .. } => "store_request_release",
+        StoreRequest::CommitPartial(_) => "store_request_commit_partial",
+        StoreRequest::FetchPartial { .. } => "store_request_fetch_partial",
+        StoreRequest::OpenRounds { .. } => "store_request_open_rounds",
     }
 }
 
@@ -236,6 +245,8 @@ fn reply_name(reply: &StoreReply) -> &'static str {
         StoreReply::Jobs(_) => "store_reply_jobs",
         StoreReply::Error(_) => "store_reply_error",
         StoreReply::Held { .. } => "store_reply_held",
+        StoreReply::Open(..) => "store_reply_open",
+        StoreReply::OpenRounds(_) => "store_reply_open_rounds",
     }
 }
 
@@ -319,11 +330,22 @@ fn workers_and_results() -> Vec<Golden> {
         golden("result", Kind::Result, result, VALUES),
         golden("reject", Kind::Reject, reject, &[]),
         golden("reject_unreadable", Kind::Reject, unreadable, &[]),
+        golden("nudge", Kind::Nudge, Nudge { job: JOB, shard: 3 }, &[]),
     ]
 }
 
 fn store_messages() -> Vec<Golden> {
     let commit = Commit { job: JOB, shard: 3, expect: head(), ledger: ledger(), function: [0xf5; 16] };
+    let partial = PartialCommit { job: JOB, shard: 3, expect: head(), partial: open_round() };
+    let open = OpenRound {
+        job: JOB,
+        key: key(),
+        shard: 3,
+        head: head().folded_on(),
+        first: 1_785_000_000_000,
+        counted: 3,
+        roster_epoch: 300,
+    };
     let requests = [
         (StoreRequest::Create(store_job()), &[][..]),
         (StoreRequest::Upload { job: JOB, upload: UPLOAD, shard: 3 }, VALUES),
@@ -338,6 +360,9 @@ fn store_messages() -> Vec<Golden> {
         (StoreRequest::Hold { job: JOB, hold: UPLOAD }, &[]),
         (StoreRequest::FetchHeld { job: JOB, hold: UPLOAD, shard: 1, slots: true }, &[]),
         (StoreRequest::Release { job: JOB, hold: UPLOAD }, &[]),
+        (StoreRequest::CommitPartial(partial), VALUES),
+        (StoreRequest::FetchPartial { job: JOB, shard: 3 }, &[]),
+        (StoreRequest::OpenRounds { after: Some((JOB, 3)), limit: 256 }, &[]),
     ];
     let replies = [
         (StoreReply::Done, &[][..]),
@@ -351,6 +376,8 @@ fn store_messages() -> Vec<Golden> {
         (StoreReply::Jobs(vec![store_job()]), &[]),
         (StoreReply::Error(error()), &[]),
         (StoreReply::Held { version: 300, complete: true }, &[]),
+        (StoreReply::Open(head().folded_on(), ledger(), Box::new(open_round())), VALUES),
+        (StoreReply::OpenRounds(vec![open]), &[]),
     ];
     let requests = requests
         .into_iter()
@@ -474,10 +501,15 @@ fn records() -> Vec<Golden> {
     let origin = Origin { upload: UPLOAD, version: 300, rolled_back: true };
     let paused = Some("for maintenance".into());
     let life = Life { paused, origin: Some(origin), replaces: vec![WORKER] };
-    let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack };
+    let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack, ..Policy::default() };
+    let by_arrival = Policy { order: FoldOrder::Arrival, ..Policy::default() };
     let plain = job(JobState::Running);
-    goldens
-        .push(record("record_job_restored", JobRecord { life, spec: JobSpec { policy, ..spec() }, ..plain }));
+    goldens.push(record(
+        "record_job_restored",
+        JobRecord { life, spec: JobSpec { policy, ..spec() }, ..plain.clone() },
+    ));
+    let arrives = JobSpec { policy: by_arrival, ..spec() };
+    goldens.push(record("record_job_by_arrival", JobRecord { spec: arrives, ..plain }));
     let member = Member { confirmed: true, ..roster().members[0].clone() };
     goldens
         .push(record("record_roster_confirmed", Roster { members: vec![member], revision: 7, ..roster() }));
@@ -582,11 +614,11 @@ fn frames_of_older_wire_versions_are_told_apart() {
 #[test]
 fn every_kind_has_golden_bytes() {
     let kinds: BTreeSet<_> = goldens().iter().map(|golden| golden.bytes[2]).collect();
-    assert_eq!(kinds, (1..=9).collect());
+    assert_eq!(kinds, (1..=10).collect());
     // A new kind does not compile here: then raise the number above, too.
     match Kind::Record {
         Kind::Gradient | Kind::Result | Kind::Reject | Kind::StoreRequest | Kind::StoreReply => {}
-        Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat => {}
+        Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat | Kind::Nudge => {}
     }
 }
 

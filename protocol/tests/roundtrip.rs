@@ -15,7 +15,7 @@ use thalweg_protocol::{
 
 /// Bytes before the header: `[version, kind, codec, checksum as bin of 8]`.
 const PRELUDE_BYTES: usize = 14;
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 10] = [
     Kind::Gradient,
     Kind::Result,
     Kind::Reject,
@@ -25,6 +25,7 @@ const KINDS: [Kind; 9] = [
     Kind::ApiReply,
     Kind::Record,
     Kind::Beat,
+    Kind::Nudge,
 ];
 
 fn config(cases: u32) -> ProptestConfig {

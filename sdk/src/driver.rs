@@ -95,6 +95,8 @@ enum Done {
     Published(ShardIndex, Round, u64, Result<(), PublishErrorKind>),
     Asked(Result<(Vec<Head>, Vec<i64>), WireError>),
     Fetched(ShardIndex, Result<(Head, Ledger, Bytes), WireError>),
+    /// Where a shard stands, and whether its open round contains this worker's contribution.
+    Looked(ShardIndex, Result<(Head, bool), WireError>),
     Beat(Option<Result<Beat, WireError>>),
 }
 
@@ -195,6 +197,7 @@ impl Driver {
                 }
                 Action::Ask => work.push(self.ask()),
                 Action::Fetch(shard) => work.push(self.fetch(shard)),
+                Action::Look(shard) => work.push(self.look(shard)),
             }
         }
     }
@@ -264,11 +267,16 @@ impl Driver {
             }
             Done::Asked(Ok((heads, streams))) => engine.heads(&heads, streams, now),
             // The job is gone, or has lost state: nobody else may be left to say so.
-            Done::Asked(Err(error)) | Done::Fetched(_, Err(error)) if !error.is_retryable() => {
+            Done::Asked(Err(error)) | Done::Fetched(_, Err(error)) | Done::Looked(_, Err(error))
+                if !error.is_retryable() =>
+            {
                 engine.fail(error);
                 Vec::new()
             }
-            Done::Asked(Err(_)) | Done::Fetched(_, Err(_)) | Done::Beat(None) => Vec::new(),
+            Done::Asked(Err(_)) | Done::Fetched(_, Err(_)) | Done::Looked(_, Err(_)) | Done::Beat(None) => {
+                Vec::new()
+            }
+            Done::Looked(shard, Ok((head, contained))) => engine.looked(shard, head, contained, now),
             Done::Fetched(shard, Ok((head, ledger, values))) => {
                 if values.len() == self.record.layout.len(shard) * 4 {
                     engine.result(shard, head, ledger, values, now)
@@ -341,6 +349,22 @@ impl Driver {
     fn fetch(&self, shard: ShardIndex) -> BoxFuture<'static, Done> {
         let (client, record) = (self.connection.client.clone(), self.record.clone());
         Box::pin(async move { Done::Fetched(shard, fetch(&client, &record, shard).await) })
+    }
+
+    fn look(&self, shard: ShardIndex) -> BoxFuture<'static, Done> {
+        let (client, record, rank) = (self.connection.client.clone(), self.record.clone(), self.worker.rank);
+        Box::pin(async move {
+            let query = StoreRequest::FetchHead { job: record.incarnation, shard };
+            Done::Looked(
+                shard,
+                match ask_store(&client, &record, query, &[]).await {
+                    Ok((StoreReply::State(head, _), _)) => Ok((head, false)),
+                    Ok((StoreReply::Open(head, _, partial), _)) => Ok((head, partial.ledger.contains(rank))),
+                    Ok(_) => Err(WireError::new(ErrorCode::Malformed, "the store gave no head")),
+                    Err(error) => Err(error),
+                },
+            )
+        })
     }
 }
 

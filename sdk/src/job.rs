@@ -1,8 +1,8 @@
 //! Describing a job.
 
 use thalweg_protocol::{
-    Dtype, Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, Name, NonFinite, OnLoss, ParameterGroup,
-    Policy, TensorSpec, limits,
+    Dtype, Durability, FoldOrder, FunctionSpec, Init, JobKey, JobSpec, Mode, Name, NonFinite, OnLoss,
+    ParameterGroup, Policy, TensorSpec, limits,
 };
 
 use crate::Error;
@@ -140,6 +140,13 @@ impl Job {
     #[must_use]
     pub fn on_loss(mut self, on_loss: OnLoss) -> Self {
         self.spec.policy.on_loss = on_loss;
+        self
+    }
+
+    /// In which order a round's contributions are folded. Default: by rank.
+    #[must_use]
+    pub fn order(mut self, order: FoldOrder) -> Self {
+        self.spec.policy.order = order;
         self
     }
 

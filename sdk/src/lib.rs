@@ -39,8 +39,8 @@ pub use snapshot::{RestoreOptions, Snapshot, SnapshotOptions, model_of};
 pub use stream::{DeadLetter, EventsOptions};
 pub use thalweg_broker::NatsConfig;
 pub use thalweg_protocol::{
-    Decay, Durability, ErrorCode, Event, EventKind, FunctionSpec, JobCommand, JobKey, JobRecord, JobState,
-    JobSummary, Name, NonFinite, OnLoss, ParameterGroup, Progress, Roster, Schedule, Setting, SettingsChange,
-    SettingsRevision, WireError,
+    Decay, Durability, ErrorCode, Event, EventKind, FoldOrder, FunctionSpec, JobCommand, JobKey, JobRecord,
+    JobState, JobSummary, Name, NonFinite, OnLoss, ParameterGroup, Progress, Roster, Schedule, Setting,
+    SettingsChange, SettingsRevision, WireError,
 };
 pub use worker::{Round, Worker};

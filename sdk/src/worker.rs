@@ -380,14 +380,18 @@ impl Worker {
         lock(&self.shared.paused).clone()
     }
 
-    /// Ledgers of the round by shard, for those who keep books: (shard, version, counted ranks).
+    /// Ledgers of the round by shard, for those who keep books: (shard, version, counted ranks in the order in which
+    /// they were folded).
     #[must_use]
     pub fn ledgers(&self) -> Vec<(ShardIndex, Version, Vec<Rank>)> {
         let engine = self.shared.engine();
         (0..self.record.layout.shards())
             .filter_map(|shard| {
                 let result = engine.shard_result(shard)?;
-                Some((shard, result.head.version, result.ledger.counted.iter().collect()))
+                let ledger = &result.ledger;
+                let by_arrival = !ledger.order.is_empty();
+                let counted = if by_arrival { ledger.order.clone() } else { ledger.counted.iter().collect() };
+                Some((shard, result.head.version, counted))
             })
             .collect()
     }

@@ -246,6 +246,13 @@ impl Queues for Remote {
         }
     }
 
+    async fn publish(&self, partition: Partition, subject: &str, frame: Bytes) -> Result<(), QueueError> {
+        match self.ask(Ask::Publish(partition, subject.to_owned(), frame)).await {
+            Answer::Done => Ok(()),
+            other => Err(queue_lost(other)),
+        }
+    }
+
     async fn forget(&self, _: &JobKey) -> Result<(), QueueError> {
         // Dead letters are counted here, not kept.
         Ok(())

@@ -1,5 +1,7 @@
 //! What must hold after every step, worked out independently of those who are watched.
 
+mod partial;
+
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use bytes::Bytes;
@@ -42,6 +44,8 @@ struct Shard {
     versions: Vec<(Head, Ledger, Bytes)>,
     /// Commits that reached the store, by the head they would make: what a kill may leave behind.
     attempts: BTreeMap<Version, Vec<(Head, Ledger, Bytes)>>,
+    /// The round that is open.
+    open: partial::Open,
 }
 
 impl Shard {
@@ -61,6 +65,8 @@ struct Checked {
     functions: BTreeMap<u32, Arc<dyn AggregationFunction>>,
     /// Revisions that somebody was told of, with their first round.
     told: Vec<(u32, Round)>,
+    /// Roster epochs that rounds need, by their first one.
+    fences: Vec<(Round, Epoch)>,
     failed: Option<WireError>,
 }
 
@@ -74,15 +80,14 @@ pub(crate) struct Checker {
 }
 
 fn replay(checked: &Checked, shard: ShardIndex, before: &[u8], ledger: &Ledger) -> Option<Bytes> {
-    let roster = checked.rosters.get(&ledger.roster_epoch)?;
     let elements = checked.job.record.layout.len(shard);
     if ledger.counted.is_empty() {
         return Some(Bytes::copy_from_slice(before));
     }
     let function = checked.functions.get(&ledger.revision)?;
     let mut fold = function.begin(ShardContext { elements, groups: &[], round: ledger.round });
-    for rank in ledger.counted.iter() {
-        let member = roster.of_round(ledger.round).find(|member| member.rank == rank)?;
+    for rank in partial::order(checked.job.record.spec.policy.order, ledger) {
+        let member = partial::member_of(&checked.rosters, ledger, rank)?;
         let values = values(member.incarnation, shard, ledger.round, elements);
         fold.accept(Contribution { rank, weight: 1.0, values: &values });
     }
@@ -119,7 +124,7 @@ impl Checker {
                 let first = usize::try_from(record.first_version()).unwrap_or(0);
                 versions
                     .resize(first + 1, (head.at_version(record.first_version()), Ledger::default(), state));
-                Shard { versions, attempts: BTreeMap::new() }
+                Shard { versions, attempts: BTreeMap::new(), open: partial::Open::default() }
             });
             Checked {
                 shards: shards.collect(),
@@ -131,6 +136,7 @@ impl Checker {
                 may_fail: None,
                 functions: BTreeMap::new(),
                 told: Vec::new(),
+                fences: Vec::new(),
                 failed: None,
             }
         });
@@ -316,7 +322,9 @@ impl Checker {
             let text = format!("shard {index} goes from version {} to {}", newest.version, head.version);
             return self.fail("I1", Some(index), text);
         }
-        if let Some(what) = wrong_members(checked, ledger) {
+        let order = checked.job.record.spec.policy.order;
+        let wrong = wrong_members(checked, &checked.shards[index as usize].open, ledger);
+        if let Some(what) = wrong.or_else(|| partial::wrong_order(order, ledger)) {
             return self.fail("I1", Some(index), format!("shard {index} round {}: {what}", ledger.round));
         }
         if let Some(what) = wrong_settings(&checked.told, ledger) {
@@ -336,6 +344,7 @@ impl Checker {
             let shard = &mut checked.shards[index as usize];
             shard.versions.push((head, ledger.clone(), state.clone()));
             shard.attempts.retain(|version, _| *version > head.version);
+            shard.open = partial::Open::default();
         }
     }
 
@@ -418,7 +427,8 @@ impl Checker {
             .and_then(|roster| roster.tenure(header.worker))
             .is_some_and(|member| member.rank == header.rank && member.counts_in(header.round));
         let over = checked.failed.is_some() || checked.may_fail.is_some();
-        if copies == 0 && newest < header.round && counts && !over {
+        let kept = shard.open.keeps(header.round, header.rank);
+        if copies == 0 && newest < header.round && counts && !over && !kept {
             let text = format!(
                 "rank {}, shard {}: the contribution to round {} was acknowledged, the store is at version {newest}",
                 header.rank, header.shard, header.round
@@ -472,19 +482,19 @@ fn wrong_settings(told: &[(u32, Round)], ledger: &Ledger) -> Option<String> {
 }
 
 /// What is wrong with a ledger's members, if anything.
-fn wrong_members(checked: &Checked, ledger: &Ledger) -> Option<String> {
+fn wrong_members(checked: &Checked, open: &partial::Open, ledger: &Ledger) -> Option<String> {
     let Some(roster) = checked.rosters.get(&ledger.roster_epoch) else {
         return Some(format!("closed by roster {}, which never was: {ledger:?}", ledger.roster_epoch));
     };
     let members: Vec<_> = roster.of_round(ledger.round).map(|member| member.rank).collect();
     let taking_part = || ledger.counted.iter().chain(ledger.void.iter());
-    if taking_part().any(|rank| !members.contains(&rank)) {
+    if taking_part().any(|rank| !members.contains(&rank) && !open.may_contain(rank)) {
         return Some(format!("somebody else than {members:?} is in it: {ledger:?}"));
     }
     if ledger.counted.iter().any(|rank| ledger.void.contains(rank)) {
         return Some(format!("counted and void at once: {ledger:?}"));
     }
-    let all = taking_part().count() == members.len();
+    let all = members.iter().all(|rank| ledger.contains(*rank));
     // Whoever was told that it counts from this round on.
     let newest = checked.rosters.last_key_value().map_or(roster, |(_, newest)| newest);
     let forgotten = newest

@@ -11,6 +11,7 @@ use thalweg_protocol::{ApiReply, Incarnation, JobKey, JobRecord, Kind, frame, jo
 use crate::{
     Mutation,
     calls::{Answer, CallId},
+    invoker::EPOCH_MS,
     network::{Actor, Body, Millis},
     world::{Done, Timer, World},
 };
@@ -51,7 +52,11 @@ impl World {
             start + std::time::Duration::from_millis(clock.load(std::sync::atomic::Ordering::Relaxed))
         });
         let lease = std::time::Duration::from_millis(self.lease_ms);
-        let gateway = Arc::new(Gateway::new(jobs, clock, lease, self.window_budget));
+        let (skew, virtual_time) = (self.rng.random_range(0..=2 * self.most_skew), self.clock.clone());
+        let epoch = EPOCH_MS + skew - self.most_skew;
+        let wall_clock = Arc::new(move || epoch + virtual_time.load(std::sync::atomic::Ordering::Relaxed));
+        let gateway = Gateway::new(jobs, clock, lease, self.window_budget).on_wall_clock(wall_clock);
+        let gateway = Arc::new(gateway);
         let keeper = LeaseKeeper::new("gateway", Incarnation(self.rng.random()), LEASE);
         self.gateways.insert(number, Host { gateway, keeper: Some(keeper), leads: false, led: false });
         self.gateway_mends_streams(number);

@@ -9,8 +9,8 @@ use thalweg_invoker::{
     take_over,
 };
 use thalweg_protocol::{
-    Commit, GradientHeader, InvokerBeat, InvokerState, JobKey, Kind, NonFinite, PLACEMENT_KEY, Partition,
-    Placement, ResultHeader, checksum, frame,
+    GradientHeader, Incarnation, InvokerBeat, InvokerState, JobKey, Kind, Ledger, NonFinite, PLACEMENT_KEY,
+    Partition, Placement, ResultHeader, Round, ShardIndex, checksum, frame,
 };
 use thalweg_store::ShardStore as _;
 
@@ -27,7 +27,7 @@ const JOB_REFRESH_MS: Millis = 1000;
 const DRAIN_MS: Millis = 1000;
 const BATCH: u64 = 4;
 /// Virtual time begins here on every wall clock.
-const EPOCH_MS: Millis = 1_000_000_000;
+pub(crate) const EPOCH_MS: Millis = 1_000_000_000;
 
 /// An invoker's process.
 pub(crate) struct Host {
@@ -138,12 +138,13 @@ impl World {
             Action::LookUp(key) => self.look_up(number, key),
             Action::ReadHead(key) => self.spawn(me, async move {
                 let result = remote.store().fetch_head(key.0, key.1).await;
-                Done::Core(CoreEvent::Head(key, result))
+                Done::Core(CoreEvent::Head(key, result.map(Box::new)))
             }),
             Action::Fold(id, plan) => self.fold(number, id, plan),
             Action::Commit(id, commit, state) => {
                 if self.mutated(Mutation::AcknowledgeBeforeCommit) {
-                    for (partition, sequence) in self.queued_for(&commit) {
+                    let at = (commit.job, commit.shard, commit.ledger.round);
+                    for (partition, sequence) in self.queued_for(at, None) {
                         self.acknowledge(number, partition, sequence);
                     }
                 }
@@ -166,18 +167,26 @@ impl World {
                     self.timer(1, me, Timer::Cut);
                 }
             }
+            Action::CommitPartial(id, commit, fold) => {
+                if self.mutated(Mutation::PartialAcknowledgedEarly) {
+                    let at = (commit.job, commit.shard, commit.partial.ledger.round);
+                    for (partition, sequence) in self.queued_for(at, Some(&commit.partial.ledger)) {
+                        self.acknowledge(number, partition, sequence);
+                    }
+                }
+                self.spawn(me, async move {
+                    let result = remote.store().commit_partial(commit, fold).await;
+                    Done::Core(CoreEvent::Committed(id, result))
+                });
+            }
             Action::Publish(key, header, values) => {
                 let bytes = frame::seal(Kind::Result, &header, &values);
                 self.send(me, Actor::Broker, Body::Result(key, bytes));
-                let Some(host) = self.invokers.get(&number) else { return };
-                let partition = thalweg_protocol::partition_of(header.job, header.shard, self.partitions);
-                if host.core.is_careful_partition(partition) {
-                    self.spawn(me, async move {
-                        let _ = clear_suspect(&remote.registry(), partition).await;
-                        Done::Nothing
-                    });
-                }
             }
+            Action::ClearSuspect(partition) => self.spawn(me, async move {
+                let _ = clear_suspect(&remote.registry(), partition).await;
+                Done::Nothing
+            }),
             Action::Republish(key, shard) => self.spawn(me, async move {
                 let state = remote.store().fetch(shard.0, shard.1, false).await.ok();
                 Done::Republish(key, shard, state)
@@ -205,11 +214,16 @@ impl World {
         }
     }
 
-    /// Contributions in the queues to the round that a commit closes.
-    fn queued_for(&self, commit: &Commit) -> Vec<(Partition, u64)> {
+    /// Contributions in the queues to a round; only those in `ledger`, if one is given.
+    fn queued_for(
+        &self,
+        round: (Incarnation, ShardIndex, Round),
+        ledger: Option<&Ledger>,
+    ) -> Vec<(Partition, u64)> {
         let wanted = |bytes| {
             Self::contribution(bytes).is_some_and(|header| {
-                (header.job, header.shard, header.round) == (commit.job, commit.shard, commit.ledger.round)
+                (header.job, header.shard, header.round) == round
+                    && ledger.is_none_or(|ledger| ledger.contains(header.rank))
             })
         };
         let messages = self.broker.messages().filter(|(_, _, message)| wanted(&message.frame));

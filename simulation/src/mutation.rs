@@ -56,6 +56,16 @@ pub enum Mutation {
     /// What a job goes on from after a power loss is read as it is, not as it was at the version that all shards
     /// have (rule P27).
     RollBackUneven,
+    /// What is folded of an open round leaves the queue when that is sent to the store, not when it has returned
+    /// (rule P12).
+    PartialAcknowledgedEarly,
+    /// Open rounds are kept in memory: a restart of the store forgets what was folded of them (rule P12).
+    PartialForgotten,
+    /// The store does not tell who is in an open round, so a contribution that was sent again is folded twice
+    /// (rule P12).
+    PartialLedgerForgotten,
+    /// Nobody asks to look at open rounds whose queues are empty (rule P12).
+    NudgeForgotten,
     /// No fence stands before a newcomer's first round (rule P4).
     FenceForgotten,
     /// Rounds that nobody is left to complete are not closed (rule P11).

@@ -3,8 +3,8 @@
 use rand::{RngExt as _, rngs::StdRng};
 use thalweg_invoker::core::Limits;
 use thalweg_protocol::{
-    Durability, FunctionSpec, Init, JobKey, JobSpec, Mode, NonFinite, OnLoss, Partition, Policy, Round,
-    TensorSpec,
+    Durability, FoldOrder, FunctionSpec, Init, JobKey, JobSpec, Mode, NonFinite, OnLoss, Partition, Policy,
+    Round, TensorSpec,
 };
 
 use crate::network::Millis;
@@ -55,6 +55,7 @@ fn spec(rng: &mut StdRng, name: &str) -> anyhow::Result<JobSpec> {
         policy: Policy {
             on_loss: [OnLoss::Fail, OnLoss::RollBack, OnLoss::RollBack, OnLoss::Reseed]
                 [rng.random_range(0..4)],
+            order: if rng.random_bool(0.5) { FoldOrder::Arrival } else { FoldOrder::Rank },
             ..Policy::default()
         },
     })
@@ -76,7 +77,13 @@ impl Scenario {
             window_budget: [1 << 30, 20_000, 60_000][rng.random_range(0..3)],
             window_divisor: [1, 8, 32][rng.random_range(0..3)],
             most_invokers: rng.random_range(1..=3),
-            limits: Limits { held_bytes, invocations: rng.random_range(1..=4), idle_shards: 64 },
+            limits: Limits {
+                held_bytes,
+                invocations: rng.random_range(1..=4),
+                idle_shards: 64,
+                partial_entries: rng.random_range(1..=4),
+                linger: rng.random_range(1..400),
+            },
             most_skew: rng.random_range(0..200),
             faults_until: rng.random_range(500..8000),
             gateways: rng.random_range(1..=2),

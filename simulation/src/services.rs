@@ -11,6 +11,7 @@ use crate::{
     Mutation,
     calls::{Answer, Ask, CallId},
     network::{Actor, Body, Delivered, Millis},
+    store::Tried,
     world::{Done, Event, Timer, World},
 };
 
@@ -130,6 +131,11 @@ impl World {
                 // 429 too many requests, or 10077 maximum bytes exceeded.
                 refused(thalweg_broker::QueueError::Unavailable("429".to_owned()))
             }
+            Ask::Publish(..)
+                if matches!(from, Actor::Gateway(_)) && self.mutated(Mutation::NudgeForgotten) =>
+            {
+                Answer::Done
+            }
             Ask::Publish(partition, subject, bytes) => {
                 let stored = self.broker.publish(partition, subject, bytes, now);
                 self.deliver(partition);
@@ -206,6 +212,9 @@ impl World {
     }
 
     pub(crate) fn store_starts(&mut self) -> anyhow::Result<()> {
+        if self.mutated(Mutation::PartialForgotten) {
+            self.store.forget_partials()?;
+        }
         if !self.store.start()? {
             // It has died in the attempt.
             self.store.kill();
@@ -221,6 +230,11 @@ impl World {
             match self.store.heads(job) {
                 Ok(heads) => {
                     self.checker.reopened(job, &heads);
+                    for shard in 0..record.layout.shards() {
+                        if let Some(standing) = self.store.standing(job, shard) {
+                            self.checker.reopened_partial(job, shard, &standing);
+                        }
+                    }
                     for (shard, head) in (0..).zip(&heads) {
                         self.restarted_at.insert((job, shard), head.version);
                     }
@@ -293,6 +307,10 @@ impl World {
                 self.checker.attempted(&commit, &payload);
                 StoreRequest::Commit(commit)
             }
+            StoreRequest::CommitPartial(commit) => {
+                self.checker.attempted_partial(&commit);
+                StoreRequest::CommitPartial(commit)
+            }
             StoreRequest::Fence { job, from_round, .. } if self.mutated(Mutation::FenceForgotten) => {
                 changed = true;
                 StoreRequest::Fence { job, epoch: 0, from_round }
@@ -308,15 +326,24 @@ impl World {
             other => other,
         };
         let bytes = if changed { frame::seal(Kind::StoreRequest, &request, &payload) } else { bytes };
-        let commit = match request {
-            StoreRequest::Commit(commit) => Some((commit, payload)),
+        let tried = match request {
+            StoreRequest::Commit(commit) => Some(Tried::Commit(commit, payload)),
+            StoreRequest::CommitPartial(commit) => Some(Tried::Partial(commit)),
+            StoreRequest::Fence { job, epoch, from_round } => {
+                self.checker.fenced(job, epoch, from_round);
+                None
+            }
+            StoreRequest::Delete { job } => {
+                self.checker.deleting(job);
+                None
+            }
             StoreRequest::Upload { job, upload, shard } => {
                 self.checker.uploaded(job, upload, shard, &payload);
                 None
             }
             _ => None,
         };
-        self.store.request(from, id, commit, bytes);
+        self.store.request(from, id, tried, bytes);
         self.store_answers();
         Ok(())
     }
@@ -330,9 +357,15 @@ impl World {
             let Ok((reply, values)) = frame::open::<StoreReply>(Kind::StoreReply, &answered.reply) else {
                 continue;
             };
-            if let (Some((commit, state)), StoreReply::Commit(outcome)) = (&answered.commit, &reply) {
-                let at = (commit.job, commit.shard);
-                self.checker.committed(at, &commit.ledger, state, outcome);
+            match (&answered.tried, &reply) {
+                (Some(Tried::Commit(commit, state)), StoreReply::Commit(outcome)) => {
+                    let at = (commit.job, commit.shard);
+                    self.checker.committed(at, &commit.ledger, state, outcome);
+                }
+                (Some(Tried::Partial(commit)), StoreReply::Commit(outcome)) => {
+                    self.checker.committed_partial(commit, outcome);
+                }
+                _ => {}
             }
             let bytes = self.reply_as_mutated(reply, values, answered.reply);
             if let Some(bytes) = bytes {
@@ -362,6 +395,11 @@ impl World {
             {
                 let reply = StoreReply::State(head, Ledger::default());
                 Some(frame::seal(Kind::StoreReply, &reply, &values))
+            }
+            StoreReply::Open(head, ledger, _)
+                if self.mutated(Mutation::PartialLedgerForgotten) && values.is_empty() =>
+            {
+                Some(frame::seal(Kind::StoreReply, &StoreReply::State(head, ledger), &[]))
             }
             StoreReply::State(head, ledger)
                 if self.mutated(Mutation::SlotReusedUnderReader) && !values.is_empty() =>

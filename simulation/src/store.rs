@@ -12,9 +12,9 @@ use std::{
 
 use bytes::Bytes;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
-use thalweg_protocol::{Commit, Head, Incarnation, StoreId};
+use thalweg_protocol::{Commit, Head, Incarnation, PartialCommit, ShardIndex, StoreId};
 use thalweg_store::{
-    Change, FlushMode, Index, IndexContents, LocalStore, MemoryIndex, OpenOptions, ShardStore as _,
+    Change, FlushMode, Index, IndexContents, LocalStore, MemoryIndex, OpenOptions, ShardStore as _, Standing,
     StoreError, answer,
     disk::{Disk, DiskFile, ForgetfulDisk},
 };
@@ -126,19 +126,25 @@ impl Index for FusedIndex {
     }
 }
 
+/// A compare-and-swap that was asked for.
+pub(crate) enum Tried {
+    Commit(Commit, Bytes),
+    Partial(PartialCommit),
+}
+
 /// An answer of the store.
 pub(crate) struct Answered {
     pub(crate) to: Actor,
     pub(crate) id: CallId,
     /// What was asked, where that was a commit.
-    pub(crate) commit: Option<(Commit, Bytes)>,
+    pub(crate) tried: Option<Tried>,
     pub(crate) reply: Bytes,
 }
 
 struct Pending {
     to: Actor,
     id: CallId,
-    commit: Option<(Commit, Bytes)>,
+    tried: Option<Tried>,
     work: Pin<Box<dyn Future<Output = Bytes> + Send>>,
 }
 
@@ -230,10 +236,10 @@ impl Host {
     }
 
     /// Takes a request in.
-    pub(crate) fn request(&mut self, to: Actor, id: CallId, commit: Option<(Commit, Bytes)>, frame: Bytes) {
+    pub(crate) fn request(&mut self, to: Actor, id: CallId, tried: Option<Tried>, frame: Bytes) {
         let Some(store) = self.store.clone() else { return };
         let work = Box::pin(async move { answer(&store, &frame).await });
-        self.pending.push(Pending { to, id, commit, work });
+        self.pending.push(Pending { to, id, tried, work });
     }
 
     /// What can be answered now, in the order in which it was asked.
@@ -245,8 +251,8 @@ impl Host {
         for mut pending in std::mem::take(&mut self.pending) {
             match pending.work.as_mut().poll(&mut context) {
                 Poll::Ready(reply) => {
-                    let Pending { to, id, commit, .. } = pending;
-                    answered.push(Answered { to, id, commit, reply });
+                    let Pending { to, id, tried, .. } = pending;
+                    answered.push(Answered { to, id, tried, reply });
                 }
                 Poll::Pending => waiting.push(pending),
             }
@@ -274,8 +280,27 @@ impl Host {
         }
     }
 
-    /// Slab files on the disk.
+    /// Where a shard stands, with its open round.
+    pub(crate) fn standing(&self, job: Incarnation, shard: ShardIndex) -> Option<Standing> {
+        let _timers = self.runtime.enter();
+        let mut standing = std::pin::pin!(self.store.as_ref()?.fetch_head(job, shard));
+        match standing.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(standing) => standing.ok(),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Files of jobs on the disk.
     pub(crate) fn slabs(&self) -> anyhow::Result<Vec<String>> {
-        Ok(self.disk.list()?.into_iter().filter(|name| name.ends_with(".slab")).collect())
+        let of_job = |name: &String| name.ends_with(".slab") || name.ends_with(".partial");
+        Ok(self.disk.list()?.into_iter().filter(of_job).collect())
+    }
+
+    /// Open rounds are lost with the process.
+    pub(crate) fn forget_partials(&self) -> anyhow::Result<()> {
+        for name in self.disk.list()?.into_iter().filter(|name| name.ends_with(".partial")) {
+            self.disk.remove(&name)?;
+        }
+        Ok(())
     }
 }

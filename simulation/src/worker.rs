@@ -15,7 +15,7 @@ use thalweg_protocol::{
     ShardIndex, Streams, WireError, WorkerRef, frame, limits, subjects,
 };
 use thalweg_sdk::engine::{Action, Engine, Timing, first_round, held_up, void_after};
-use thalweg_store::ShardStore as _;
+use thalweg_store::{ShardStore as _, Standing};
 
 use crate::{
     Mutation,
@@ -245,10 +245,16 @@ impl World {
                 let Some(training) = self.training(index) else { return };
                 training.engine.heads(&heads, streams, now)
             }
+            Done::Looked(shard, Ok((head, contained))) => {
+                let Some(training) = self.training(index) else { return };
+                training.engine.looked(shard, head, contained, now)
+            }
             Done::Fetched(shard, Ok((head, ledger, values))) => {
                 return self.worker_is_given(index, shard, head, ledger, values);
             }
-            Done::Asked(Err(error)) | Done::Fetched(_, Err(error)) if !error.is_retryable() => {
+            Done::Asked(Err(error)) | Done::Fetched(_, Err(error)) | Done::Looked(_, Err(error))
+                if !error.is_retryable() =>
+            {
                 let Some(training) = self.training(index) else { return };
                 training.engine.fail(error);
                 Vec::new()
@@ -445,6 +451,14 @@ impl World {
                 let heads = heads.map_err(|error| error.to_wire());
                 let unavailable = || WireError::new(ErrorCode::Unavailable, "the registry does not answer");
                 Done::Asked(heads.and_then(|heads| Ok((heads, streams.ok_or_else(unavailable)?))))
+            }),
+            Action::Look(shard) => self.spawn(me, async move {
+                let standing = remote.store().fetch_head(record.incarnation, shard).await;
+                let contained = |standing: &Standing| {
+                    standing.partial.as_ref().is_some_and(|partial| partial.ledger.contains(worker.rank))
+                };
+                let standing = standing.map(|standing| (standing.head, contained(&standing)));
+                Done::Looked(shard, standing.map_err(|error| error.to_wire()))
             }),
             Action::Fetch(shard) => self.spawn(me, async move {
                 let state = remote.store().fetch(record.incarnation, shard, false).await;

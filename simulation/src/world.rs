@@ -78,6 +78,7 @@ pub(crate) enum Done {
     Published(ShardIndex, Round, u64, bool),
     Asked(Result<(Vec<Head>, Vec<i64>), WireError>),
     Fetched(ShardIndex, Result<(Head, Ledger, Bytes), WireError>),
+    Looked(ShardIndex, Result<(Head, bool), WireError>),
     Beaten(Option<ApiReply>),
     // Of a gateway; of an autoscaler too.
     Replied(Actor, CallId, Option<Bytes>),

@@ -3,8 +3,8 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Ledger, Round, ShardIndex, StoreJob, Version,
-    WireError,
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Ledger, OpenRound, Partial, PartialCommit,
+    Round, ShardIndex, StoreJob, Version, WireError,
 };
 
 /// One version of one shard.
@@ -17,6 +17,20 @@ pub struct ShardState {
     /// Parameters, followed by optimizer slots when they were asked for; f32 little endian.
     pub values: Bytes,
 }
+
+/// Where one shard stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The version, and how much has been folded towards the next one.
+    pub head: Head,
+    /// What its newest round contains.
+    pub ledger: Ledger,
+    /// What the open round contains, where it has partial commits.
+    pub partial: Option<Partial>,
+}
+
+/// An open round: where its shard stands, what is in it, and the suspended fold.
+pub type OpenFold = (Head, Partial, Bytes);
 
 /// Why a store did not do what was asked. A lost race is no error: see [`CommitOutcome`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -115,21 +129,49 @@ pub trait ShardStore: std::fmt::Debug + Send + Sync + 'static {
     async fn fetch(&self, job: Incarnation, shard: ShardIndex, slots: bool)
     -> Result<ShardState, StoreError>;
 
-    /// Where one shard stands and what its newest round contains, without its values.
-    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<(Head, Ledger), StoreError>;
+    /// Where one shard stands, what its newest round contains and what its open round does; without any values.
+    /// The only call, with those of partial commits, whose head tells `fold_count`: for all others the open round does
+    /// not exist.
+    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<Standing, StoreError>;
 
     /// Replaces a shard's state (`4 * (1 + slots) * elements` bytes) if it stands where expected.
     ///
     /// # Behavior
     /// - Expected head in place: [`CommitOutcome::Committed`], at the job's durability level.
     /// - The very commit is the current state: [`CommitOutcome::AlreadyCommitted`], likewise.
-    /// - Anything else: [`CommitOutcome::Conflict`] with the head in place.
+    /// - Anything else, another fold count too: [`CommitOutcome::Conflict`] with the head in place.
     /// - A fence asks for a newer roster: [`CommitOutcome::StaleRoster`].
     /// - Unknown job: refused with `gone`. A commit never creates a shard.
     async fn commit(&self, commit: Commit, state: Bytes) -> Result<CommitOutcome, StoreError>;
 
+    /// Changes what the open round of a shard contains, if it stands where expected. The state stays what it is; a
+    /// commit of the round has to expect the new fold count.
+    ///
+    /// # Behavior
+    /// - Expected head in place: [`CommitOutcome::Committed`], at the job's durability level.
+    /// - The very commit is in place: [`CommitOutcome::AlreadyCommitted`], likewise.
+    /// - Anything else, and a fence: as [`Self::commit`].
+    /// - More than `4 * elements` + [`thalweg_protocol::limits::PARTIAL_OVERHEAD_BYTES`]: refused with `wrong_shape`.
+    async fn commit_partial(&self, commit: PartialCommit, fold: Bytes) -> Result<CommitOutcome, StoreError>;
+
+    /// What the open round of a shard contains, with the suspended fold; `None` where nothing was folded yet.
+    async fn fetch_partial(
+        &self,
+        job: Incarnation,
+        shard: ShardIndex,
+    ) -> Result<Option<OpenFold>, StoreError>;
+
+    /// Open rounds with partial commits, in the order of job and shard: those behind `after`, at most `limit`
+    /// (and [`thalweg_protocol::limits::MAX_OPEN_ROUNDS`]).
+    async fn open_rounds(
+        &self,
+        after: Option<(Incarnation, ShardIndex)>,
+        limit: u32,
+    ) -> Result<Vec<OpenRound>, StoreError>;
+
     /// From `from_round` on, refuses commits closed by a roster older than `epoch`; returns the highest
-    /// version of any shard at that moment: a round at or below it may have closed without the roster.
+    /// version of any shard at that moment: a round at or below it may have closed without the roster. An open round
+    /// that somebody was folded into by an older roster begins anew.
     async fn fence(&self, job: Incarnation, epoch: Epoch, from_round: Round) -> Result<Version, StoreError>;
 
     /// Forgets a job and its bytes. A job that is not there: nothing happens.

@@ -6,11 +6,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use thalweg_broker::{RequestError, request};
 use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Kind, Ledger, MAX_HEADS, Round, ShardIndex,
-    StoreId, StoreJob, StoreReply, StoreRequest, Version, frame, subjects,
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Kind, MAX_HEADS, OpenRound, PartialCommit,
+    Round, ShardIndex, StoreId, StoreJob, StoreReply, StoreRequest, Version, frame, subjects,
 };
 
-use crate::{ShardState, ShardStore, StoreError, direct::Door};
+use crate::{OpenFold, ShardState, ShardStore, Standing, StoreError, direct::Door};
 
 /// Longest wait for a reply. A `disk` commit waits for two syncs, which a busy disk may draw out.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -147,9 +147,12 @@ impl ShardStore for StoreClient {
         }
     }
 
-    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<(Head, Ledger), StoreError> {
+    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<Standing, StoreError> {
         match self.ask(StoreRequest::FetchHead { job, shard }, &[]).await? {
-            (StoreReply::State(head, ledger), _) => Ok((head, ledger)),
+            (StoreReply::State(head, ledger), _) => Ok(Standing { head, ledger, partial: None }),
+            (StoreReply::Open(head, ledger, partial), _) => {
+                Ok(Standing { head, ledger, partial: Some(*partial) })
+            }
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -157,6 +160,36 @@ impl ShardStore for StoreClient {
     async fn commit(&self, commit: Commit, state: Bytes) -> Result<CommitOutcome, StoreError> {
         match self.ask(StoreRequest::Commit(commit), &state).await? {
             (StoreReply::Commit(outcome), _) => Ok(outcome),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn commit_partial(&self, commit: PartialCommit, fold: Bytes) -> Result<CommitOutcome, StoreError> {
+        match self.ask(StoreRequest::CommitPartial(commit), &fold).await? {
+            (StoreReply::Commit(outcome), _) => Ok(outcome),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn fetch_partial(
+        &self,
+        job: Incarnation,
+        shard: ShardIndex,
+    ) -> Result<Option<OpenFold>, StoreError> {
+        match self.ask(StoreRequest::FetchPartial { job, shard }, &[]).await? {
+            (StoreReply::Open(head, _, partial), fold) => Ok(Some((head, *partial, fold))),
+            (StoreReply::Done, _) => Ok(None),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    async fn open_rounds(
+        &self,
+        after: Option<(Incarnation, ShardIndex)>,
+        limit: u32,
+    ) -> Result<Vec<OpenRound>, StoreError> {
+        match self.ask(StoreRequest::OpenRounds { after, limit }, &[]).await? {
+            (StoreReply::OpenRounds(rounds), _) => Ok(rounds),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -2,6 +2,7 @@
 //! panics with the line that it breaks. Checks make jobs of their own, so one store serves them all.
 
 mod holds;
+mod partials;
 mod races;
 
 use std::sync::Arc;
@@ -13,8 +14,9 @@ use thalweg_protocol::{
     ShardIndex, StoreJob,
 };
 
-use crate::{ShardState, ShardStore, StoreError};
+use crate::{ShardState, ShardStore, Standing, StoreError};
 pub use holds::{first_versions, hold_races, holds};
+pub use partials::{partial, partials};
 pub use races::{fence_races, races};
 
 /// A store under test.
@@ -39,6 +41,7 @@ pub async fn suite(store: &Subject) {
         independence(store, level).await;
         first_versions(store, level).await;
         holds(store, level).await;
+        Box::pin(partials(store, level)).await;
         Box::pin(hold_races(store, level)).await;
         races(store, level).await;
         Box::pin(fence_races(store, level)).await;
@@ -275,7 +278,8 @@ pub async fn fetches(store: &Subject, level: Durability) {
         let parameters = done(store.fetch(job.incarnation, shard, false).await, "fetch without slots");
         let wanted = ShardState { values: state.values.slice(..len), ..state };
         let found = done(store.fetch_head(job.incarnation, shard).await, "fetch_head");
-        assert_eq!(found, (wanted.head, wanted.ledger.clone()), "fetch_head tells what fetch does");
+        let standing = Standing { head: wanted.head, ledger: wanted.ledger.clone(), partial: None };
+        assert_eq!(found, standing, "fetch_head tells what fetch does");
         assert_eq!(parameters, wanted, "parameters come first, slots only when asked for");
     }
     let behavior = "a shard that is not there";

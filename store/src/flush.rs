@@ -148,6 +148,9 @@ impl Flusher {
         let mut pinned = Vec::new();
         // The pointers of a job that has lost state stay what they were: they name what may be left of it.
         for slab in slabs.into_iter().filter(|slab| !slab.is_lost()) {
+            if all_current {
+                slab.sync_partials().map_err(|error| broken(&error))?;
+            }
             if slab.dirty.swap(false, Ordering::SeqCst) || all_current {
                 let shards = slab.pin(all_current)?;
                 if all_current || !shards.is_empty() {

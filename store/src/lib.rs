@@ -25,7 +25,7 @@ mod server;
 mod slab;
 mod slot;
 
-pub use api::{ShardState, ShardStore, StoreError};
+pub use api::{OpenFold, ShardState, ShardStore, Standing, StoreError};
 pub use client::{Route, StoreClient};
 pub use flush::FlushMode;
 pub use index::{Change, Durable, Index, IndexContents, MemoryIndex, SledIndex};

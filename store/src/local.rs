@@ -11,17 +11,17 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use thalweg_protocol::{
-    Commit, CommitOutcome, Durability, Epoch, ErrorCode, Head, Incarnation, Ledger, Round, ShardIndex,
-    StoreId, StoreJob, Version,
+    Commit, CommitOutcome, Durability, Epoch, ErrorCode, Head, Incarnation, OpenRound, PartialCommit, Round,
+    ShardIndex, StoreId, StoreJob, Version, limits,
 };
 
 use crate::{
-    FlushMode, ShardState, ShardStore, StoreError,
+    FlushMode, OpenFold, ShardState, ShardStore, Standing, StoreError,
     disk::{Directory, Disk, DiskFile},
     flush::{Flusher, Signals, Slabs},
     index::{Change, Index, SledIndex},
     metrics, rules,
-    slab::{Slab, Written, broken},
+    slab::{Slab, Written, broken, partial_file},
 };
 
 const IDENTITY: &str = "identity";
@@ -110,7 +110,7 @@ impl LocalStore {
         let slabs: Slabs = Arc::new(Mutex::new(BTreeMap::new()));
         let mut changes = Vec::new();
         for name in disk.list()?.into_iter().filter(|name| name.ends_with(SLAB_SUFFIX)) {
-            let slab = Slab::open(disk.open(&name)?, signals.clone());
+            let slab = Slab::open(disk.open(&name)?, disk.clone(), signals.clone());
             let named = |error: io::Error| io::Error::new(error.kind(), format!("{name}: {error}"));
             let Some(slab) = slab.map_err(named)? else {
                 tracing::warn!(
@@ -286,7 +286,7 @@ impl Inner {
             self.disk.remove(&name)?;
             let file = self.disk.open(&name)?;
             file.reserve(need)?;
-            let slab = Slab::create(file, job.clone(), self.flusher.signals.clone())?;
+            let slab = Slab::create(file, self.disk.clone(), job.clone(), self.flusher.signals.clone())?;
             self.flusher.signals.synced(slab.file.sync())?;
             self.flusher.signals.synced(self.disk.sync_names())?;
             self.index.apply(&[Change::Job(Box::new(job.clone()))])?;
@@ -304,6 +304,24 @@ impl Inner {
         Ok(())
     }
 
+    fn open_rounds(
+        &self,
+        after: Option<(Incarnation, ShardIndex)>,
+        limit: u32,
+    ) -> Result<Vec<OpenRound>, StoreError> {
+        let slabs: Vec<_> = match after {
+            Some((job, _)) => self.slabs().range(job..).map(|(_, slab)| slab.clone()).collect(),
+            None => self.slabs().values().cloned().collect(),
+        };
+        let (limit, mut page) = (limit.min(limits::MAX_OPEN_ROUNDS) as usize, Vec::new());
+        for slab in slabs.iter().filter(|slab| !slab.is_lost()) {
+            let from =
+                after.filter(|(job, _)| *job == slab.job.incarnation).map_or(0, |(_, shard)| shard + 1);
+            slab.open_rounds(from, &mut page, limit)?;
+        }
+        Ok(page)
+    }
+
     /// Refuses what would leave too little of the disk.
     fn check_room(&self, job: &StoreJob, need: u64) -> Result<(), StoreError> {
         let free = self.disk.free().map_err(|error| broken(&error))?;
@@ -317,7 +335,9 @@ impl Inner {
         // A cycle under way would write pointers of the job after they have been removed.
         let removed: io::Result<()> = self.flusher.between(|| {
             self.slabs().remove(&job);
-            // Also of a job that is not known: an earlier attempt may have failed half way.
+            // Also of a job that is not known: an earlier attempt may have failed half way. Its open rounds first, since
+            // the slab is what a deletion that was cut short is found by.
+            self.disk.remove(&partial_file(job))?;
             self.disk.remove(&slab_name(job))?;
             self.flusher.signals.synced(self.disk.sync_names())?;
             self.index.apply(&[Change::Remove(job)])?;
@@ -384,7 +404,7 @@ impl ShardStore for LocalStore {
         Ok(state)
     }
 
-    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<(Head, Ledger), StoreError> {
+    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<Standing, StoreError> {
         let (found, ticket) = self.blocking(move |inner| inner.slab(job)?.fetch_head(shard)).await?;
         self.covered(ticket).await?;
         Ok(found)
@@ -413,6 +433,32 @@ impl ShardStore for LocalStore {
                 }
             }
         }
+    }
+
+    async fn commit_partial(&self, commit: PartialCommit, fold: Bytes) -> Result<CommitOutcome, StoreError> {
+        let work = move |inner: &Inner| inner.slab(commit.job)?.commit_partial(commit, &fold);
+        let (outcome, ticket) = self.blocking(work).await?;
+        self.covered(ticket).await?;
+        metrics::committed_partial(&outcome);
+        Ok(outcome)
+    }
+
+    async fn fetch_partial(
+        &self,
+        job: Incarnation,
+        shard: ShardIndex,
+    ) -> Result<Option<OpenFold>, StoreError> {
+        let (open, ticket) = self.blocking(move |inner| inner.slab(job)?.fetch_partial(shard)).await?;
+        self.covered(ticket).await?;
+        Ok(open)
+    }
+
+    async fn open_rounds(
+        &self,
+        after: Option<(Incarnation, ShardIndex)>,
+        limit: u32,
+    ) -> Result<Vec<OpenRound>, StoreError> {
+        self.blocking(move |inner| inner.open_rounds(after, limit)).await
     }
 
     async fn fence(&self, job: Incarnation, epoch: Epoch, from_round: Round) -> Result<Version, StoreError> {

@@ -8,13 +8,13 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Init, Ledger, Round, ShardIndex, StoreJob,
-    Version, limits,
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Init, OpenRound, PartialCommit, Round,
+    ShardIndex, StoreJob, Version, checksum, limits,
 };
 
 use crate::{
-    ShardState, ShardStore, StoreError,
-    rules::{self, Admission, Fences},
+    OpenFold, ShardState, ShardStore, Standing, StoreError,
+    rules::{self, Admission, Fences, PartialAdmission},
 };
 
 /// A store that forgets everything with its process.
@@ -30,6 +30,8 @@ struct Job {
     active: Option<Incarnation>,
     uploads: HashMap<ShardIndex, (Incarnation, Bytes)>,
     shards: Vec<ShardState>,
+    /// Open rounds; one counts while its shard stands where it builds on.
+    open: HashMap<ShardIndex, OpenFold>,
     holds: HashMap<Incarnation, Held>,
 }
 
@@ -41,6 +43,15 @@ struct Held {
 }
 
 impl Job {
+    /// The open round of a shard, if it has one that counts.
+    fn open(&mut self, shard: ShardIndex) -> Result<Option<OpenFold>, StoreError> {
+        rules::check_shape(&self.spec, shard, 0, 0)?;
+        let current = self.shards()?[shard as usize].head;
+        let needed = self.fences.needed(current.version + 1);
+        let counts = |(head, partial, _): &&OpenFold| head.closed() == current && partial.since >= needed;
+        Ok(self.open.get(&shard).filter(counts).cloned())
+    }
+
     fn shards(&mut self) -> Result<&mut Vec<ShardState>, StoreError> {
         if self.shards.is_empty() { Err(rules::not_ready(&self.spec)) } else { Ok(&mut self.shards) }
     }
@@ -91,6 +102,7 @@ impl ShardStore for MemoryStore {
             active: None,
             uploads: HashMap::new(),
             shards,
+            open: HashMap::new(),
             holds: HashMap::new(),
         };
         jobs.insert(job.spec.incarnation, job);
@@ -172,8 +184,13 @@ impl ShardStore for MemoryStore {
         })
     }
 
-    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<(Head, Ledger), StoreError> {
-        self.fetch(job, shard, false).await.map(|state| (state.head, state.ledger))
+    async fn fetch_head(&self, job: Incarnation, shard: ShardIndex) -> Result<Standing, StoreError> {
+        self.with(job, |job| {
+            let open = job.open(shard)?;
+            let state = &job.shards()?[shard as usize];
+            let (head, partial) = open.map_or((state.head, None), |(head, partial, _)| (head, Some(partial)));
+            Ok(Standing { head, ledger: state.ledger.clone(), partial })
+        })
     }
 
     async fn commit(&self, commit: Commit, state: Bytes) -> Result<CommitOutcome, StoreError> {
@@ -181,8 +198,10 @@ impl ShardStore for MemoryStore {
             rules::check_shape(&job.spec, commit.shard, state.len(), job.spec.state_bytes(commit.shard))?;
             rules::check_ledger(&job.spec, &commit.ledger)?;
             let fences = job.fences.clone();
+            let open = job.open(commit.shard)?;
             let shard = &mut job.shards()?[commit.shard as usize];
-            match rules::admit(&shard.head, &fences, &commit, &state) {
+            let current = open.map_or(shard.head, |(head, ..)| head);
+            match rules::admit(&current, &fences, &commit, &state) {
                 Admission::Done(outcome) => Ok(outcome),
                 Admission::Write { next, .. } => {
                     *shard = ShardState { head: next, ledger: commit.ledger, values: state };
@@ -194,6 +213,62 @@ impl ShardStore for MemoryStore {
                 }
             }
         })
+    }
+
+    async fn commit_partial(&self, commit: PartialCommit, fold: Bytes) -> Result<CommitOutcome, StoreError> {
+        self.with(commit.job, |job| {
+            let open = job.open(commit.shard)?;
+            let most = job.spec.parameter_bytes(commit.shard) + limits::PARTIAL_OVERHEAD_BYTES;
+            rules::check_shape(&job.spec, commit.shard, fold.len(), fold.len().min(most))?;
+            rules::check_ledger(&job.spec, &commit.partial.ledger)?;
+            let fences = job.fences.clone();
+            let current = job.shards()?[commit.shard as usize].head;
+            let known = open.as_ref().map(|(head, partial, fold)| (head, partial, checksum(&[fold])));
+            match rules::admit_partial(&current, known, &fences, &commit, checksum(&[&fold])) {
+                PartialAdmission::Done(outcome) => Ok(outcome),
+                PartialAdmission::Write => {
+                    let head = commit.expect.folded_on();
+                    job.open.insert(commit.shard, (head, commit.partial, fold));
+                    Ok(CommitOutcome::Committed(head))
+                }
+            }
+        })
+    }
+
+    async fn fetch_partial(
+        &self,
+        job: Incarnation,
+        shard: ShardIndex,
+    ) -> Result<Option<OpenFold>, StoreError> {
+        self.with(job, |job| job.open(shard))
+    }
+
+    async fn open_rounds(
+        &self,
+        after: Option<(Incarnation, ShardIndex)>,
+        limit: u32,
+    ) -> Result<Vec<OpenRound>, StoreError> {
+        let mut jobs = self.jobs();
+        let mut rounds = Vec::new();
+        for job in jobs.values_mut() {
+            for shard in job.open.keys().copied().collect::<Vec<_>>() {
+                if let Some((head, partial, _)) = job.open(shard)? {
+                    rounds.push(OpenRound {
+                        job: job.spec.incarnation,
+                        key: job.spec.key.clone(),
+                        shard,
+                        head,
+                        first: partial.first,
+                        counted: u32::try_from(partial.ledger.counted.len()).unwrap_or(u32::MAX),
+                        roster_epoch: partial.ledger.roster_epoch,
+                    });
+                }
+            }
+        }
+        rounds.retain(|round| after.is_none_or(|after| (round.job, round.shard) > after));
+        rounds.sort_unstable_by_key(|round| (round.job, round.shard));
+        rounds.truncate(limit.min(limits::MAX_OPEN_ROUNDS) as usize);
+        Ok(rounds)
     }
 
     async fn fence(&self, job: Incarnation, epoch: Epoch, from_round: Round) -> Result<Version, StoreError> {

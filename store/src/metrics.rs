@@ -7,6 +7,7 @@ use thalweg_protocol::CommitOutcome;
 
 const COMMITS: &str = "thalweg_store_commits_total";
 const COMMIT_BYTES: &str = "thalweg_store_commit_bytes_total";
+const PARTIALS: &str = "thalweg_store_partial_commits_total";
 const REFUSALS: &str = "thalweg_store_refusals_total";
 const TORN: &str = "thalweg_store_torn_slots_total";
 const FLUSHES: &str = "thalweg_store_flush_seconds";
@@ -17,6 +18,7 @@ const FREE: &str = "thalweg_store_disk_free_bytes";
 pub fn describe() {
     describe_counter!(COMMITS, "Commits by outcome");
     describe_counter!(COMMIT_BYTES, "Bytes of state committed");
+    describe_counter!(PARTIALS, "Partial commits by outcome");
     describe_counter!(REFUSALS, "Requests refused, by code");
     describe_counter!(TORN, "Slots found torn and set aside");
     describe_histogram!(FLUSHES, "Duration of flush cycles that had something to flush");
@@ -28,14 +30,21 @@ pub(crate) fn free(bytes: u64) {
     gauge!(FREE).set(bytes as f64);
 }
 
-pub(crate) fn committed(outcome: &CommitOutcome, bytes: usize) {
-    let name = match outcome {
+fn name(outcome: &CommitOutcome) -> &'static str {
+    match outcome {
         CommitOutcome::Committed(_) => "committed",
         CommitOutcome::AlreadyCommitted(_) => "already_committed",
         CommitOutcome::Conflict(_) => "conflict",
         CommitOutcome::StaleRoster { .. } => "stale_roster",
-    };
-    counter!(COMMITS, "outcome" => name).increment(1);
+    }
+}
+
+pub(crate) fn committed_partial(outcome: &CommitOutcome) {
+    counter!(PARTIALS, "outcome" => name(outcome)).increment(1);
+}
+
+pub(crate) fn committed(outcome: &CommitOutcome, bytes: usize) {
+    counter!(COMMITS, "outcome" => name(outcome)).increment(1);
     if matches!(outcome, CommitOutcome::Committed(_)) {
         counter!(COMMIT_BYTES).increment(bytes as u64);
     }

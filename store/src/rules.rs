@@ -1,8 +1,8 @@
 //! What a commit does, decided without I/O; both backends obey this one function.
 
 use thalweg_protocol::{
-    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Ledger, Round, ShardIndex, StoreJob, Version,
-    checksum, limits,
+    Commit, CommitOutcome, Epoch, ErrorCode, Head, Incarnation, Ledger, Partial, PartialCommit, Round,
+    ShardIndex, StoreJob, Version, checksum, limits,
 };
 
 use crate::StoreError;
@@ -21,12 +21,12 @@ pub(crate) enum Admission {
     Done(CommitOutcome),
 }
 
-/// Decides about `commit` for a shard that stands at `current` with `ledger`.
+/// Decides about `commit` for a shard that stands at `current`, its open round included.
 pub(crate) fn admit(current: &Head, fences: &Fences, commit: &Commit, state: &[u8]) -> Admission {
     let state_checksum = checksum(&[state]);
     let next = commit.expect.next(&commit.ledger, commit.function, state_checksum);
-    if next == *current {
-        return Admission::Done(CommitOutcome::AlreadyCommitted(*current));
+    if next == current.closed() {
+        return Admission::Done(CommitOutcome::AlreadyCommitted(next));
     }
     if commit.expect != *current || commit.ledger.round != current.version + 1 {
         return Admission::Done(CommitOutcome::Conflict(*current));
@@ -36,6 +36,40 @@ pub(crate) fn admit(current: &Head, fences: &Fences, commit: &Commit, state: &[u
         return Admission::Done(CommitOutcome::StaleRoster { needed });
     }
     Admission::Write { next, state_checksum }
+}
+
+/// Outcome of looking at a partial commit before anything is written.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum PartialAdmission {
+    /// Write the fold.
+    Write,
+    /// Nothing to write.
+    Done(CommitOutcome),
+}
+
+/// Decides about a partial commit for a shard that stands at `current`, with what its open round contains so far and
+/// the checksum of that fold.
+pub(crate) fn admit_partial(
+    current: &Head,
+    open: Option<(&Head, &Partial, u64)>,
+    fences: &Fences,
+    commit: &PartialCommit,
+    checksum: u64,
+) -> PartialAdmission {
+    let head = open.map_or(*current, |(head, ..)| *head);
+    let same = |open: (&Head, &Partial, u64)| open == (&commit.expect.folded_on(), &commit.partial, checksum);
+    if open.is_some_and(same) {
+        return PartialAdmission::Done(CommitOutcome::AlreadyCommitted(head));
+    }
+    let round = commit.partial.ledger.round;
+    if commit.expect != head || round != current.version + 1 {
+        return PartialAdmission::Done(CommitOutcome::Conflict(head));
+    }
+    let needed = fences.needed(round);
+    if commit.partial.ledger.roster_epoch.min(commit.partial.since) < needed {
+        return PartialAdmission::Done(CommitOutcome::StaleRoster { needed });
+    }
+    PartialAdmission::Write
 }
 
 /// Refuses commits and uploads that do not fit the job's description.
@@ -61,6 +95,10 @@ pub(crate) fn check_ledger(job: &StoreJob, ledger: &Ledger) -> Result<(), StoreE
     match ledger.counted.iter().chain(ledger.void.iter()).find(|&rank| rank >= job.max_members) {
         Some(rank) => {
             let text = format!("rank {rank} in a ledger of {}: max_members is {}", job.key, job.max_members);
+            Err(StoreError::refused(ErrorCode::Limit, text))
+        }
+        None if ledger.order.len() > job.max_members as usize => {
+            let text = format!("a ledger of {} with more ranks in its order than max_members", job.key);
             Err(StoreError::refused(ErrorCode::Limit, text))
         }
         None => Ok(()),

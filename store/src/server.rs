@@ -7,13 +7,13 @@ use futures::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report};
 use thalweg_protocol::{
-    ErrorCode, Kind, MAX_HEADS, STORE_KEY, StoreId, StoreRecord, StoreReply, StoreRequest, WireError, frame,
-    subjects,
+    ErrorCode, Kind, Ledger, MAX_HEADS, STORE_KEY, StoreId, StoreRecord, StoreReply, StoreRequest, WireError,
+    frame, subjects,
 };
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::{LocalStore, ShardStore, StoreError, direct, metrics};
+use crate::{LocalStore, ShardStore, Standing, StoreError, direct, metrics};
 
 /// Settings of the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -226,8 +226,11 @@ async fn perform(
             return Ok((StoreReply::State(state.head, state.ledger), state.values));
         }
         StoreRequest::FetchHead { job, shard } => {
-            let (head, ledger) = store.fetch_head(job, shard).await?;
-            StoreReply::State(head, ledger)
+            let Standing { head, ledger, partial } = store.fetch_head(job, shard).await?;
+            match partial {
+                Some(partial) => StoreReply::Open(head, ledger, Box::new(partial)),
+                None => StoreReply::State(head, ledger),
+            }
         }
         StoreRequest::Commit(commit) => StoreReply::Commit(store.commit(commit, payload).await?),
         StoreRequest::Fence { job, epoch, from_round } => {
@@ -242,6 +245,18 @@ async fn perform(
         StoreRequest::FetchHeld { job, hold, shard, slots } => {
             let state = store.fetch_held(job, hold, shard, slots).await?;
             return Ok((StoreReply::State(state.head, state.ledger), state.values));
+        }
+        StoreRequest::CommitPartial(commit) => {
+            StoreReply::Commit(store.commit_partial(commit, payload).await?)
+        }
+        StoreRequest::FetchPartial { job, shard } => match store.fetch_partial(job, shard).await? {
+            Some((head, partial, fold)) => {
+                return Ok((StoreReply::Open(head, Ledger::default(), Box::new(partial)), fold));
+            }
+            None => StoreReply::Done,
+        },
+        StoreRequest::OpenRounds { after, limit } => {
+            StoreReply::OpenRounds(store.open_rounds(after, limit).await?)
         }
         StoreRequest::Release { job, hold } => store.release(job, hold).await.map(|()| StoreReply::Done)?,
     };

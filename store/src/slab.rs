@@ -6,6 +6,7 @@
 
 mod cycle;
 mod hold;
+mod partial;
 mod pool;
 mod superblock;
 
@@ -19,19 +20,20 @@ use std::{
 };
 
 use thalweg_protocol::{
-    Commit, CommitOutcome, Durability, ErrorCode, Head, Incarnation, Init, Ledger, ShardIndex, StoreJob,
-    Version,
+    Commit, CommitOutcome, Durability, ErrorCode, Head, Incarnation, Init, ShardIndex, StoreJob, Version,
 };
 
 use crate::{
-    ShardState, StoreError,
-    disk::DiskFile,
+    ShardState, Standing, StoreError,
+    disk::{Disk, DiskFile},
     flush::Signals,
     metrics,
     mutation::{Bug, is_planted},
     rules::{self, Admission},
     slot::{self, SlotGeometry, SlotHeader},
 };
+use partial::Partials;
+pub(crate) use partial::file_name as partial_file;
 use pool::{Common, Shard, Slot};
 use superblock::{SUPERBLOCKS, Superblock};
 
@@ -54,6 +56,8 @@ pub(crate) struct Slab {
     fencing: RwLock<()>,
     /// State was lost (rule P27); the superblock says how.
     lost: AtomicBool,
+    /// Open rounds.
+    partials: Partials,
     signals: Arc<Signals>,
 }
 
@@ -100,7 +104,12 @@ impl Slab {
     }
 
     /// Creates a slab in an empty file. The caller syncs file and directory.
-    pub(crate) fn create(file: Arc<dyn DiskFile>, job: StoreJob, signals: Arc<Signals>) -> io::Result<Self> {
+    pub(crate) fn create(
+        file: Arc<dyn DiskFile>,
+        disk: Arc<dyn Disk>,
+        job: StoreJob,
+        signals: Arc<Signals>,
+    ) -> io::Result<Self> {
         let (shards, spares) = Self::parts(&job);
         let slab = Self {
             geometry: SlotGeometry::of(&job),
@@ -122,6 +131,7 @@ impl Slab {
             dirty: AtomicBool::new(false),
             fencing: RwLock::new(()),
             lost: AtomicBool::new(false),
+            partials: Partials::new(disk, &job),
             signals,
             job,
             file,
@@ -131,7 +141,11 @@ impl Slab {
     }
 
     /// Opens a slab; `None` when the file has no whole superblock (a creation cut short).
-    pub(crate) fn open(file: Arc<dyn DiskFile>, signals: Arc<Signals>) -> io::Result<Option<Self>> {
+    pub(crate) fn open(
+        file: Arc<dyn DiskFile>,
+        disk: Arc<dyn Disk>,
+        signals: Arc<Signals>,
+    ) -> io::Result<Option<Self>> {
         let Some(superblock) = Superblock::read(&*file)? else { return Ok(None) };
         let job = superblock.job.clone();
         let geometry = SlotGeometry::of(&job);
@@ -143,7 +157,7 @@ impl Slab {
         let slots = (3 * shard_count + spare_count).max(u32::try_from(in_file).unwrap_or(u32::MAX));
         for index in 0..slots {
             let offset = SUPERBLOCKS + u64::from(index) * geometry.slot;
-            let header = slot::read_header(&*file, geometry, offset)?
+            let header = slot::read_header::<SlotHeader>(&*file, geometry, offset)?
                 .filter(|header| header.job == job.incarnation && header.shard < shard_count);
             let home = index / 3;
             match header {
@@ -182,10 +196,12 @@ impl Slab {
             dirty: AtomicBool::new(true),
             fencing: RwLock::new(()),
             lost,
+            partials: Partials::new(disk, &job),
             signals,
             job,
             file,
         };
+        slab.find_open_rounds()?;
         if slab.job.init == Init::Upload && active.is_none() {
             slab.find_staged()?;
         }
@@ -305,13 +321,13 @@ impl Slab {
         Ok((heads, ticket))
     }
 
-    /// As [`Self::fetch`], without the values.
-    pub(crate) fn fetch_head(&self, index: ShardIndex) -> Result<((Head, Ledger), u64), StoreError> {
+    /// As [`Self::fetch`], without the values and with the open round.
+    pub(crate) fn fetch_head(&self, index: ShardIndex) -> Result<(Standing, u64), StoreError> {
         let mut shard = self.shard(index)?;
         self.verify(&mut shard)?;
-        let head = self.head_of(&shard, index)?;
+        let (head, partial) = self.standing(&mut shard, index)?;
         let ledger = shard.current_header().map_or_else(rules::empty_ledger, |header| header.ledger.clone());
-        Ok(((head, ledger), self.ticket(&shard)))
+        Ok((Standing { head, ledger, partial }, self.ticket(&shard)))
     }
 
     /// One shard, and the ticket to wait for before anybody sees it.
@@ -343,7 +359,7 @@ impl Slab {
         let _unfenced = self.fencing.read().unwrap_or_else(PoisonError::into_inner);
         let mut shard = self.shard(commit.shard)?;
         self.verify(&mut shard)?;
-        let current = self.head_of(&shard, commit.shard)?;
+        let (current, _) = self.standing(&mut shard, commit.shard)?;
         let fences = lock(&self.common).superblock.fences.clone();
         let (next, state_checksum) = match rules::admit(&current, &fences, &commit, state) {
             Admission::Done(outcome) => {

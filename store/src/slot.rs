@@ -7,14 +7,16 @@
 use std::io;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Durability, Head, Incarnation, Ledger, ShardIndex, StoreJob, checksum, frame};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use thalweg_protocol::{
+    Durability, Head, Incarnation, Ledger, ShardIndex, StoreJob, checksum, frame, limits,
+};
 
 use crate::disk::DiskFile;
 
 /// Alignment of slots in the file.
 pub(crate) const PAGE: usize = 4096;
-/// Fixed part of an encoded header with room to spare; the ledger's bitmaps come on top.
+/// Fixed part of an encoded header with room to spare; the ledger's bitmaps and its order come on top.
 const FIXED_HEADER: usize = 512;
 
 /// What a slot says about itself.
@@ -42,8 +44,9 @@ pub(crate) struct SlotGeometry {
 
 impl SlotGeometry {
     pub(crate) fn of(job: &StoreJob) -> Self {
-        let bitmaps = 2 * (job.max_members as usize).div_ceil(8);
-        let header_area = (FIXED_HEADER + bitmaps).next_multiple_of(PAGE);
+        let members = job.max_members as usize;
+        let ledger = 2 * members.div_ceil(8) + limits::ORDERED_RANK_BYTES * members;
+        let header_area = (FIXED_HEADER + ledger).next_multiple_of(PAGE);
         let state = job.state_bytes(0).next_multiple_of(PAGE);
         Self { header_area, slot: (header_area + state) as u64 }
     }
@@ -54,7 +57,7 @@ pub(crate) fn write(
     file: &dyn DiskFile,
     geometry: SlotGeometry,
     offset: u64,
-    header: &SlotHeader,
+    header: &impl Serialize,
     state: &[u8],
 ) -> io::Result<()> {
     let frame = frame::seal_record(header);
@@ -70,11 +73,11 @@ pub(crate) fn write(
 }
 
 /// Reads the header at `offset`; `None` where there is no whole one.
-pub(crate) fn read_header(
+pub(crate) fn read_header<H: DeserializeOwned>(
     file: &dyn DiskFile,
     geometry: SlotGeometry,
     offset: u64,
-) -> io::Result<Option<SlotHeader>> {
+) -> io::Result<Option<H>> {
     let mut area = vec![0; geometry.header_area];
     match file.read_at(&mut area, offset) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -94,7 +97,17 @@ pub(crate) fn read_state(
     offset: u64,
     header: &SlotHeader,
 ) -> io::Result<Option<Bytes>> {
-    let Ok(len) = usize::try_from(header.state_bytes) else { return Ok(None) };
+    read_body(file, geometry, offset, (header.state_bytes, header.state_checksum))
+}
+
+/// Reads what follows a header, by its length and checksum; `None` when it is torn.
+pub(crate) fn read_body(
+    file: &dyn DiskFile,
+    geometry: SlotGeometry,
+    offset: u64,
+    (bytes, wanted): (u64, u64),
+) -> io::Result<Option<Bytes>> {
+    let Ok(len) = usize::try_from(bytes) else { return Ok(None) };
     if (len + geometry.header_area) as u64 > geometry.slot {
         return Ok(None);
     }
@@ -103,7 +116,7 @@ pub(crate) fn read_state(
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         other => other?,
     }
-    Ok((checksum(&[&state]) == header.state_checksum).then(|| state.into()))
+    Ok((checksum(&[&state]) == wanted).then(|| state.into()))
 }
 
 #[cfg(test)]

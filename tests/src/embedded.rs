@@ -1,6 +1,6 @@
 //! The embedded service, in the test's process.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::Path};
 
 use thalweg::{config::Config, up::Service};
 use thalweg_sdk::Client;
@@ -10,7 +10,7 @@ pub struct Embedded {
     service: Option<Service>,
     /// A client of it.
     pub client: Client,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Embedded {
@@ -31,7 +31,7 @@ impl Embedded {
         change(&mut config);
         let service = Service::start(config).await.expect("the service starts");
         let client = Client::connect(service.url()).await.expect("the client connects");
-        Self { service: Some(service), client, _directory: directory }
+        Self { service: Some(service), client, directory }
     }
 
     /// The service.
@@ -41,6 +41,12 @@ impl Embedded {
     #[must_use]
     pub fn service(&self) -> &Service {
         self.service.as_ref().expect("the service runs")
+    }
+
+    /// Its directory: data of the store and of nats-server.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// Value of a counter or gauge, summed over the label sets that contain `labels`.

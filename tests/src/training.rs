@@ -99,7 +99,7 @@ pub async fn round(worker: &mut Worker) -> Result<(Round, Vec<f32>), Error> {
     Ok((result, flat))
 }
 
-/// Which ranks each (round, shard) counted.
+/// Which ranks each (round, shard) counted, in the order in which they were folded.
 pub type Book = BTreeMap<(u64, usize), Vec<Rank>>;
 
 /// A book in which all of `workers` were counted in all of `rounds`.
@@ -109,7 +109,7 @@ pub fn full_book(workers: u32, rounds: u64) -> Book {
     every.map(|at| (at, (0..workers).collect())).collect()
 }
 
-/// Recomputes the parameters after `rounds` rounds from who was counted, shard by shard, in rank order.
+/// Recomputes the parameters after `rounds` rounds from who was counted, shard by shard.
 ///
 /// # Panics
 /// When the book lacks a round, or the function is unknown.
@@ -147,11 +147,9 @@ pub fn replay_with(function: impl Fn(u64) -> FunctionSpec, book: &Book, rounds: 
             let elements = (ELEMENTS - shard * per_shard).min(per_shard);
             let mut next = Vec::new();
             let mut fold = resolved.begin(ShardContext { elements, groups: &[], round });
-            let mut counted = counted.clone();
-            counted.sort_unstable();
             for rank in counted {
-                let values = to_bytes(&gradient(rank, round)[shard * per_shard..][..elements]);
-                fold.accept(Contribution { rank, weight: 1.0, values: &values });
+                let values = to_bytes(&gradient(*rank, round)[shard * per_shard..][..elements]);
+                fold.accept(Contribution { rank: *rank, weight: 1.0, values: &values });
             }
             fold.finish(state, &mut next);
             *state = next;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    ErrorCode, FrameError, GradientHeader, JobKey, JobState, Kind, NonFinite, Rank, Reject, WireError,
+    ErrorCode, FrameError, GradientHeader, JobKey, JobState, Kind, NonFinite, Nudge, Rank, Reject, WireError,
     checksum, frame, subjects,
 };
 
@@ -29,7 +29,12 @@ impl Core {
         };
         let (header, payload) = match frame::open::<GradientHeader>(Kind::Gradient, &delivery.frame) {
             Ok(opened) => opened,
-            Err(error) => return self.unreadable(delivery, key, rank, &error),
+            Err(error) => {
+                return match frame::open::<Nudge>(Kind::Nudge, &delivery.frame) {
+                    Ok((nudge, _)) => self.nudged(delivery, key, &nudge, seen),
+                    Err(_) => self.unreadable(delivery, key, rank, &error),
+                };
+            }
         };
         if header.rank != rank {
             let text = format!("header of rank {} on the subject of rank {rank}", header.rank);
@@ -62,15 +67,7 @@ impl Core {
                     true,
                 );
             }
-            _ => {
-                self.unknown.entry(key.clone()).or_default().push((delivery, seen));
-                if seen == 0 {
-                    self.look_up(key);
-                } else {
-                    self.later(RETRY_MS, Timer::LookUp(key));
-                }
-                return;
-            }
+            _ => return self.await_look_up(delivery, key, seen),
         };
         if let Some(error) = refusal(&job, &header, partition, delivery.partition) {
             return self.refuse(delivery, &key, &header, error, false);
@@ -79,6 +76,16 @@ impl Core {
             return self.poisoned(&job, delivery, &header);
         }
         self.gather(&job, &delivery, &header, payload);
+    }
+
+    /// Keeps a message until the registry has said (again) what it knows of its job.
+    pub(super) fn await_look_up(&mut self, delivery: Delivery, key: JobKey, seen: u32) {
+        self.unknown.entry(key.clone()).or_default().push((delivery, seen));
+        if seen == 0 {
+            self.look_up(key);
+        } else {
+            self.later(RETRY_MS, Timer::LookUp(key));
+        }
     }
 
     /// Puts a contribution into its round, as itself or as a void (rule P8).
@@ -134,6 +141,7 @@ impl Core {
                 Payload::Held(_) | Payload::Void => 0,
             },
             payload,
+            published: delivery.published,
             arrived: self.clock,
         };
         gathering.first =
@@ -190,7 +198,7 @@ impl Core {
         self.dead_letter(delivery, Some(key), error);
     }
 
-    fn dead_letter(&mut self, delivery: Delivery, key: Option<JobKey>, error: WireError) {
+    pub(super) fn dead_letter(&mut self, delivery: Delivery, key: Option<JobKey>, error: WireError) {
         metrics::dead_letter(error.code);
         let Delivery { partition, sequence, subject, frame, .. } = delivery;
         self.actions.push(Action::DeadLetter { partition, sequence, subject, key, error, frame });
@@ -239,7 +247,7 @@ fn refusal(job: &Job, header: &GradientHeader, subject_partition: u16, partition
         let text = format!("shard {} of job {key} does not belong to partition {partition}", header.shard);
         return Some(WireError::new(ErrorCode::Malformed, text));
     }
-    let tenure = job.roster.tenure(header.worker).filter(|member| member.rank == header.rank);
+    let tenure = job.tenure(header.worker).filter(|member| member.rank == header.rank);
     let Some(tenure) = tenure else {
         let text = format!("rank {} of job {key} is not held by this worker: join again", header.rank);
         return Some(WireError::new(ErrorCode::LeaseLost, text));

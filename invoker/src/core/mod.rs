@@ -5,6 +5,7 @@
 //! that contains them has returned (rules P1, P6).
 
 mod admit;
+mod partial;
 mod round;
 mod shard;
 mod types;
@@ -32,6 +33,10 @@ pub struct Limits {
     pub invocations: usize,
     /// Shards remembered while they have nothing to do.
     pub idle_shards: usize,
+    /// Contributions to an open round that are folded without waiting for the others (rule P12).
+    pub partial_entries: usize,
+    /// Time that a contribution waits for others before it is folded, milliseconds.
+    pub linger: Millis,
 }
 
 /// Wait before something that failed is tried again.
@@ -176,6 +181,13 @@ impl Core {
         self.unknown.values().flatten().map(|(delivery, _)| delivery.frame.len()).sum()
     }
 
+    /// Whether the budget for contributions is used up while rounds are being folded: then it is better to wait for
+    /// those than to park what comes.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.held_bytes * 8 >= self.limits.held_bytes * 7 && !self.invocations.is_empty()
+    }
+
     /// Invocations under way.
     #[must_use]
     pub fn invocations(&self) -> usize {
@@ -315,6 +327,9 @@ impl Core {
             for delivery in std::mem::take(&mut shard.contested) {
                 metrics::leftover("gone");
                 self.actions.push(Action::Acknowledge(shard.partition, delivery.sequence));
+            }
+            for (sequence, _) in std::mem::take(&mut shard.nudges) {
+                self.actions.push(Action::Acknowledge(shard.partition, sequence));
             }
             for (round, entry) in shard.take_all() {
                 metrics::leftover("gone");

@@ -2,13 +2,15 @@
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    Commit, CommitOutcome, ErrorCode, Head, Ledger, RankSet, ResultHeader, Round, StateId, WireError,
+    Commit, CommitOutcome, ErrorCode, FoldOrder, Head, Ledger, Partial, PartialCommit, ResultHeader, Round,
+    StateId, WireError,
 };
-use thalweg_store::StoreError;
+use thalweg_store::{Standing, StoreError};
 
 use super::{
     Action, Core, FoldError, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone, may_pass,
-    shard::{Gathering, Payload, Shard},
+    partial::{NUDGED_EARLY_MS, foldable},
+    shard::{Gathering, Known, Payload, Shard},
 };
 use crate::{Job, metrics};
 
@@ -16,10 +18,11 @@ use crate::{Job, metrics};
 #[derive(Debug)]
 pub(super) struct Invocation {
     pub(super) plan: Plan,
-    pub(super) ledger: Ledger,
-    /// The folded state, while a commit may have to be repeated.
+    /// What the round contains with it.
+    pub(super) partial: Partial,
+    /// The folded state, or the suspended fold, while a commit may have to be repeated.
     pub(super) state: Option<Bytes>,
-    /// Everything of the round: to be acknowledged once it is committed.
+    /// Everything that is in it now: to be acknowledged once it is committed.
     pub(super) sequences: Vec<u64>,
 }
 
@@ -31,23 +34,39 @@ pub(super) enum Verdict {
     Wait,
 }
 
-/// Decides whether a round closes (rule P6).
-pub(super) fn verdict(job: &Job, round: Round, gathering: &Gathering, now: Millis) -> Verdict {
+/// Decides whether a round closes (rule P6): by what was gathered, and what has been folded already.
+pub(super) fn verdict(
+    job: &Job,
+    round: Round,
+    gathering: Option<&Gathering>,
+    partial: Option<&Partial>,
+    now: Millis,
+) -> Verdict {
     if !job.roster.started || job.record.life.paused.is_some() {
         return Verdict::Wait;
     }
+    let folded = |rank| partial.is_some_and(|partial| partial.ledger.contains(rank));
     let (mut members, mut present) = (0_usize, 0_usize);
-    let mut counted = 0_u32;
     for member in job.roster.of_round(round) {
+        // Folded for somebody who held this rank before; the fence under way tells whether that still counts.
+        if !member.confirmed && folded(member.rank) {
+            return Verdict::Wait;
+        }
         members += 1;
-        if let Some(entry) =
-            gathering.entries.get(&member.rank).filter(|entry| entry.worker == member.incarnation)
+        present += usize::from(folded(member.rank));
+    }
+    // Who has left since, but was folded, stays counted.
+    let mut counted = partial.map_or(0, |partial| partial.ledger.counted.len());
+    for entry in gathering.into_iter().flat_map(|gathering| gathering.entries.values()) {
+        let tenure = job.tenure(entry.worker);
+        if tenure.is_some_and(|member| member.rank == entry.rank && member.counts_in(round))
+            && !folded(entry.rank)
         {
             present += 1;
-            counted += u32::from(!entry.is_void());
+            counted += usize::from(!entry.is_void());
         }
     }
-    let quorum = job.record.spec.quorum;
+    let quorum = job.record.spec.quorum.map(|quorum| quorum as usize);
     if members > 0 && present == members {
         return Verdict::Close { below_quorum: quorum.is_some_and(|quorum| counted < quorum) };
     }
@@ -55,8 +74,14 @@ pub(super) fn verdict(job: &Job, round: Round, gathering: &Gathering, now: Milli
     if counted < quorum || present == 0 {
         return Verdict::Wait;
     }
-    let due = gathering.first.unwrap_or(now).saturating_add(job.record.spec.deadline_ms);
+    let due = first(gathering, partial).unwrap_or(now).saturating_add(job.record.spec.deadline_ms);
     if now >= due { Verdict::Close { below_quorum: false } } else { Verdict::WaitUntil(due) }
+}
+
+/// When the broker stored the round's first contribution.
+fn first(gathering: Option<&Gathering>, partial: Option<&Partial>) -> Option<Millis> {
+    let gathered = gathering.and_then(|gathering| gathering.first);
+    gathered.into_iter().chain(partial.map(|partial| partial.first)).min()
 }
 
 impl Core {
@@ -72,8 +97,8 @@ impl Core {
         }
         let Some(shard) = self.shards.get(&key) else { return };
         let Some(job) = self.job_of(key, &shard.key.clone()) else { return };
-        let Some((head, ledger, asked)) = shard.head.clone() else {
-            if !shard.rounds.is_empty() {
+        let Some(Known { head, ledger, partial, asked }) = shard.head.clone() else {
+            if shard.entries() > 0 {
                 self.read_head(key);
             }
             return;
@@ -83,21 +108,32 @@ impl Core {
             return;
         }
         let round = head.version + 1;
+        if self.settle_folded(key, round, partial.as_ref(), asked) {
+            return;
+        }
         self.drop_departed(key, &job, round);
         let Some(shard) = self.shards.get_mut(&key) else { return };
-        if shard.invoking.is_none()
-            && let Some(gathering) = shard.rounds.get(&round)
-        {
-            match verdict(&job, round, gathering, self.now) {
+        if shard.invoking.is_none() {
+            let verdict = verdict(&job, round, shard.rounds.get(&round), partial.as_ref(), self.now);
+            match verdict {
                 Verdict::Close { .. } => {
                     self.ready.insert(key);
                 }
-                Verdict::WaitUntil(due) if shard.deadline_armed != Some((round, due)) => {
-                    shard.deadline_armed = Some((round, due));
-                    let delay = due.saturating_sub(self.now);
-                    self.later(delay, Timer::Evaluate(key));
+                Verdict::WaitUntil(due) => {
+                    if shard.deadline_armed != Some((round, due)) {
+                        shard.deadline_armed = Some((round, due));
+                        self.later(due.saturating_sub(self.now), Timer::Evaluate(key));
+                    }
+                    self.fold_early(key, &job, round, partial.as_ref());
+                    // By the clock of whoever asked it may be due already.
+                    if due > self.now + NUDGED_EARLY_MS {
+                        self.settle_nudges(key, asked);
+                    }
                 }
-                Verdict::WaitUntil(_) | Verdict::Wait => {}
+                Verdict::Wait => {
+                    self.fold_early(key, &job, round, partial.as_ref());
+                    self.settle_nudges(key, asked);
+                }
             }
         }
         if self.shards.len() > self.limits.idle_shards && self.shards.get(&key).is_some_and(Shard::is_idle) {
@@ -112,13 +148,14 @@ impl Core {
         }
     }
 
-    pub(super) fn head_read(&mut self, key: ShardKey, result: Result<(Head, Ledger), StoreError>) {
+    pub(super) fn head_read(&mut self, key: ShardKey, result: Result<Box<Standing>, StoreError>) {
         let Some(since) = self.reading.get(&key).copied() else { return };
         match result {
-            Ok((head, ledger)) => {
+            Ok(standing) => {
+                let Standing { head, ledger, partial } = *standing;
                 self.reading.remove(&key);
                 if let Some(shard) = self.shards.get_mut(&key) {
-                    shard.head = Some((head, ledger, since));
+                    shard.head = Some(Known { head, ledger, partial, asked: since });
                 }
                 self.evaluate(key);
             }
@@ -237,7 +274,7 @@ impl Core {
             .entries
             .values()
             .filter(|entry| {
-                !job.roster.tenure(entry.worker).is_some_and(|m| m.rank == entry.rank && m.counts_in(round))
+                !job.tenure(entry.worker).is_some_and(|m| m.rank == entry.rank && m.counts_in(round))
             })
             .map(|entry| entry.rank)
             .collect();
@@ -289,44 +326,58 @@ impl Core {
         if drains || self.failing.contains_key(&key.0) {
             return;
         }
-        let (Some(job), Some((expect, _, _))) = (self.job_of(key, &shard.key), shard.head.clone()) else {
+        let (Some(job), Some(known)) = (self.job_of(key, &shard.key), shard.head.clone()) else {
             return;
         };
+        let Known { head: expect, partial, .. } = known;
         let round = expect.version + 1;
-        let Some(gathering) = shard.rounds.get(&round) else { return };
+        let gathering = shard.rounds.get(&round);
         // The roster may have changed since the round was found complete.
-        let Verdict::Close { below_quorum } = verdict(&job, round, gathering, self.now) else { return };
-        let mut counted = RankSet::default();
-        let mut void = RankSet::default();
+        let verdict = verdict(&job, round, gathering, partial.as_ref(), self.now);
+        let mut entries = match (&verdict, gathering) {
+            (_, None) => Vec::new(),
+            (Verdict::Close { .. }, Some(gathering)) => gathering.entries.values().collect(),
+            (_, Some(gathering)) => foldable(&job, round, gathering, partial.as_ref()),
+        };
+        let (suspend, below_quorum) = match verdict {
+            Verdict::Close { below_quorum } => (false, below_quorum),
+            _ if entries.is_empty() => return,
+            _ => (true, false),
+        };
+        let by_arrival = job.record.spec.policy.order == FoldOrder::Arrival;
+        if by_arrival {
+            entries.sort_unstable_by_key(|entry| entry.sequence);
+        }
+        let (first, roster_epoch) = (first(gathering, partial.as_ref()), job.roster.epoch);
+        let since = partial.as_ref().map_or(roster_epoch, |partial| partial.since);
+        let ledger = partial.map(|partial| partial.ledger).unwrap_or_default();
+        let revision = job.settings(round).revision;
+        let mut ledger = Ledger { round, roster_epoch, revision, below_quorum, ..ledger };
         let mut inputs = Vec::new();
-        for entry in gathering.entries.values() {
+        for entry in &entries {
             let values = match &entry.payload {
                 Payload::Held(bytes) => Some(bytes.clone()),
                 Payload::Parked => None,
                 Payload::Void => {
-                    void.insert(entry.rank);
+                    ledger.void.insert(entry.rank);
                     continue;
                 }
             };
-            counted.insert(entry.rank);
+            ledger.counted.insert(entry.rank);
+            if by_arrival {
+                ledger.order.push(entry.rank);
+            }
             let (rank, weight, sequence) = (entry.rank, entry.weight, entry.sequence);
             inputs.push(Input { rank, weight, sequence, checksum: entry.checksum, values });
         }
-        let ledger = Ledger {
-            round,
-            roster_epoch: job.roster.epoch,
-            revision: job.settings(round).revision,
-            counted,
-            void,
-            below_quorum,
-        };
-        let sequences = gathering.entries.values().map(|entry| entry.sequence).collect();
+        let sequences = entries.iter().map(|entry| entry.sequence).collect();
+        let partial = Partial { ledger, first: first.unwrap_or(self.now), since };
         let partition = shard.partition;
-        let plan = Plan { job, shard: key.1, round, expect, partition, inputs, careful };
+        let plan = Plan { job, shard: key.1, round, expect, partition, inputs, suspend, careful };
         self.next_id += 1;
         let id = self.next_id;
         self.actions.push(Action::Fold(id, plan.clone()));
-        self.invocations.insert(id, Invocation { plan, ledger, state: None, sequences });
+        self.invocations.insert(id, Invocation { plan, partial, state: None, sequences });
         if let Some(shard) = self.shards.get_mut(&key) {
             shard.invoking = Some(id);
         }
@@ -386,18 +437,24 @@ impl Core {
         let Some(invocation) = self.invocations.get(&id) else { return };
         let Some(state) = invocation.state.clone() else { return };
         let plan = &invocation.plan;
+        let (job, shard, expect) = (plan.job.record.incarnation, plan.shard, plan.expect);
+        if plan.suspend {
+            let commit = PartialCommit { job, shard, expect, partial: invocation.partial.clone() };
+            self.actions.push(Action::CommitPartial(id, commit, state));
+            return;
+        }
         let commit = Commit {
-            job: plan.job.record.incarnation,
-            shard: plan.shard,
-            expect: plan.expect,
-            ledger: invocation.ledger.clone(),
+            job,
+            shard,
+            expect,
+            ledger: invocation.partial.ledger.clone(),
             function: plan.job.function(plan.round).digest(),
         };
         self.actions.push(Action::Commit(id, commit, state));
     }
 
     /// The shard stands elsewhere: read where, and judge its contributions anew.
-    fn abandon(&mut self, id: InvocationId, key: ShardKey) {
+    pub(super) fn abandon(&mut self, id: InvocationId, key: ShardKey) {
         self.invocations.remove(&id);
         if let Some(shard) = self.shards.get_mut(&key) {
             shard.invoking = None;
@@ -409,7 +466,11 @@ impl Core {
     pub(super) fn committed(&mut self, id: InvocationId, result: Result<CommitOutcome, StoreError>) {
         let Some(invocation) = self.invocations.get(&id) else { return };
         let key = (invocation.plan.job.record.incarnation, invocation.plan.shard);
+        let suspends = invocation.plan.suspend;
         match result {
+            Ok(CommitOutcome::Committed(head) | CommitOutcome::AlreadyCommitted(head)) if suspends => {
+                self.finish_partial(id, key, head);
+            }
             Ok(CommitOutcome::Committed(head) | CommitOutcome::AlreadyCommitted(head)) => {
                 self.finish(id, key, head);
             }
@@ -426,6 +487,8 @@ impl Core {
                 }
                 self.look_up(name);
             }
+            // It may have happened; and what completes the round must not wait for it.
+            Err(error) if suspends && may_pass(&error) => self.put_off_partial(id, key, &error),
             Err(error) if may_pass(&error) => {
                 tracing::debug!(%error, "commit is tried again");
                 self.later(RETRY_MS, Timer::Recommit(id));
@@ -444,15 +507,14 @@ impl Core {
     fn finish(&mut self, id: InvocationId, key: ShardKey, head: Head) {
         let Some(invocation) = self.invocations.remove(&id) else { return };
         let Some(shard) = self.shards.get_mut(&key) else { return };
-        let Invocation { plan, ledger, state, sequences } = invocation;
+        let Invocation { plan, partial: Partial { ledger, .. }, state, sequences } = invocation;
         let parameters = plan.job.record.layout.len(key.1) * 4;
         let values = state.unwrap_or_default().slice(..parameters);
-        let bytes: usize = parameters * plan.inputs.len();
-        metrics::round(plan.inputs.len(), bytes, ledger.below_quorum);
+        metrics::round(ledger.counted.len(), plan.input_bytes(), ledger.below_quorum);
         let header = ResultHeader { job: key.0, shard: key.1, head, ledger: ledger.clone() };
         self.actions.push(Action::Publish(plan.job.record.spec.key.clone(), header, values));
         shard.invoking = None;
-        shard.head = Some((head, ledger, self.clock));
+        shard.head = Some(Known { head, ledger, partial: None, asked: self.clock });
         if let Some(gathering) = shard.rounds.remove(&plan.round) {
             for entry in gathering.entries.into_values() {
                 self.held_bytes -= entry.held_bytes();
@@ -463,15 +525,24 @@ impl Core {
                 }
             }
         }
-        for sequence in sequences {
+        let nudges = std::mem::take(&mut shard.nudges).into_iter().map(|(sequence, _)| sequence);
+        for sequence in sequences.into_iter().chain(nudges) {
             self.actions.push(Action::Acknowledge(plan.partition, sequence));
         }
+        self.progress(plan.partition);
         self.ease(plan.partition);
         self.evaluate(key);
     }
 
+    /// A partition has come further: what was tried alone has killed nobody.
+    pub(super) fn progress(&mut self, partition: u16) {
+        if self.is_careful_partition(partition) {
+            self.actions.push(Action::ClearSuspect(partition));
+        }
+    }
+
     /// Ends carefulness once the backlog of an unclean takeover is done (rule P18).
-    fn ease(&mut self, partition: u16) {
+    pub(super) fn ease(&mut self, partition: u16) {
         let Some(holding) = self.partitions.get_mut(&partition) else { return };
         let Some(until) = holding.careful_until else { return };
         let waiting = self

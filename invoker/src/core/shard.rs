@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use thalweg_protocol::{Head, Incarnation, JobKey, Ledger, Partition, Rank, Round, StateId};
+use thalweg_protocol::{Head, Incarnation, JobKey, Ledger, Partial, Partition, Rank, Round, StateId};
 
 use super::{Delivery, InvocationId, Millis};
 
@@ -17,6 +17,8 @@ pub(super) struct Entry {
     pub(super) weight: f32,
     pub(super) checksum: u64,
     pub(super) payload: Payload,
+    /// When the broker stored it.
+    pub(super) published: Millis,
     /// The core's clock when it came.
     pub(super) arrived: u64,
 }
@@ -37,12 +39,23 @@ pub(super) struct Gathering {
     pub(super) first: Option<Millis>,
 }
 
+/// What is known of where a shard stands.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub(super) head: Head,
+    pub(super) ledger: Ledger,
+    /// What the open round contains so far, where it has partial commits.
+    pub(super) partial: Option<Partial>,
+    /// The core's clock when that was asked.
+    pub(super) asked: u64,
+}
+
 #[derive(Debug)]
 pub(super) struct Shard {
     pub(super) key: JobKey,
     pub(super) partition: Partition,
-    /// Where it stands, and the core's clock when that was asked; `None` while unknown.
-    pub(super) head: Option<(Head, Ledger, u64)>,
+    /// `None` while unknown.
+    pub(super) head: Option<Known>,
     pub(super) rounds: BTreeMap<Round, Gathering>,
     pub(super) invoking: Option<InvocationId>,
     /// Contributions of ranks whose former lives' are being folded: judged when that has ended.
@@ -51,6 +64,12 @@ pub(super) struct Shard {
     pub(super) republished: Option<u64>,
     /// The round and moment for which a timer was set.
     pub(super) deadline_armed: Option<(Round, Millis)>,
+    /// The moment for which a timer was set to fold what lingers.
+    pub(super) linger_armed: Option<Millis>,
+    /// No partial commit before, after one that failed.
+    pub(super) partial_after: Millis,
+    /// Messages that ask to look at the open round, with the core's clock when they came.
+    pub(super) nudges: Vec<(u64, u64)>,
 }
 
 impl Shard {
@@ -64,11 +83,15 @@ impl Shard {
             contested: Vec::new(),
             republished: None,
             deadline_armed: None,
+            linger_armed: None,
+            partial_after: 0,
+            nudges: Vec::new(),
         }
     }
 
     pub(super) fn entries(&self) -> usize {
-        self.rounds.values().map(|round| round.entries.len()).sum::<usize>() + self.contested.len()
+        let gathered = self.rounds.values().map(|round| round.entries.len()).sum::<usize>();
+        gathered + self.contested.len() + self.nudges.len()
     }
 
     pub(super) fn held_bytes(&self) -> usize {
@@ -83,7 +106,7 @@ impl Shard {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.rounds.is_empty() && self.invoking.is_none() && self.contested.is_empty()
+        self.entries() == 0 && self.invoking.is_none()
     }
 }
 

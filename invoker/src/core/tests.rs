@@ -2,6 +2,7 @@
 
 mod admission;
 mod model;
+mod partial;
 mod random;
 mod recovery;
 mod rounds;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use thalweg_broker::Said;
 use thalweg_protocol::{
-    Commit, CommitOutcome, ErrorCode, Head, Incarnation, JobKey, Ledger, Partition, Rank, Reject,
+    Commit, CommitOutcome, ErrorCode, Head, Incarnation, JobKey, PartialCommit, Partition, Rank, Reject,
     ResultHeader, Round, ShardIndex, WireError,
 };
-use thalweg_store::StoreError;
+use thalweg_store::{Standing, StoreError};
 
 use crate::Job;
 
@@ -57,10 +57,10 @@ pub enum Event {
     /// The registry did not answer.
     LookUpFailed(JobKey),
     /// The store's answer to [`Action::ReadHead`].
-    Head(ShardKey, Result<(Head, Ledger), StoreError>),
-    /// End of [`Action::Fold`].
+    Head(ShardKey, Result<Box<Standing>, StoreError>),
+    /// End of [`Action::Fold`]: the next state, or the suspended fold.
     Folded(InvocationId, Result<Bytes, FoldError>),
-    /// End of [`Action::Commit`].
+    /// End of [`Action::Commit`] or [`Action::CommitPartial`].
     Committed(InvocationId, Result<CommitOutcome, StoreError>),
     /// Time has passed.
     Tick,
@@ -107,10 +107,14 @@ pub enum Action {
     LookUp(JobKey),
     /// Read where a shard stands.
     ReadHead(ShardKey),
-    /// Fold a round.
+    /// Fold a round, or some more of it.
     Fold(InvocationId, Plan),
     /// Commit a folded round.
     Commit(InvocationId, Commit, Bytes),
+    /// Commit what an open round contains.
+    CommitPartial(InvocationId, PartialCommit, Bytes),
+    /// A partition whose contributions are tried alone has come further: forget its suspect (rule P18).
+    ClearSuspect(Partition),
     /// Publish a committed round to the job's workers.
     Publish(JobKey, ResultHeader, Bytes),
     /// Read a shard from the store and publish it, for workers that missed it.
@@ -119,7 +123,8 @@ pub enum Action {
     FailJob(JobKey, Incarnation, WireError),
 }
 
-/// One round of one shard, ready to be folded.
+/// One round of one shard, or some more of it, ready to be folded. It goes on from the partial commits that
+/// `expect.fold_count` tells of.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The job, with its function.
@@ -132,10 +137,20 @@ pub struct Plan {
     pub expect: Head,
     /// The partition, for parked contributions.
     pub partition: Partition,
-    /// Contributions in rank order; void ones are not among them.
+    /// Contributions in the order of folding; void ones are not among them.
     pub inputs: Vec<Input>,
+    /// Suspend the fold at its end: the round is not over.
+    pub suspend: bool,
     /// Write a suspect record before each contribution (rule P18).
     pub careful: bool,
+}
+
+impl Plan {
+    /// Bytes of the contributions.
+    #[must_use]
+    pub fn input_bytes(&self) -> u64 {
+        self.inputs.len() as u64 * self.job.record.layout.len(self.shard) as u64 * 4
+    }
 }
 
 /// One contribution of a plan.

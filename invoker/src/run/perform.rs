@@ -44,6 +44,14 @@ impl Shell {
                         Done::Event(Event::Committed(id, result))
                     }));
                 }
+                Action::CommitPartial(id, commit, fold) => {
+                    let store = self.store.clone();
+                    stage::reached(stage::BEFORE_PARTIAL);
+                    self.work.push(Box::pin(async move {
+                        Done::Event(Event::Committed(id, store.commit_partial(commit, fold).await))
+                    }));
+                }
+                Action::ClearSuspect(partition) => self.clear_suspect(partition),
                 Action::Publish(key, header, values) => {
                     stage::reached(stage::BEFORE_PUBLISH);
                     self.publish(&key, &header, &values).await;
@@ -97,27 +105,19 @@ impl Shell {
     }
 
     async fn publish(&mut self, key: &JobKey, header: &ResultHeader, values: &[u8]) {
-        self.busyness.folded((values.len() * header.ledger.counted.len()) as u64);
         let frame = frame::seal(Kind::Result, header, values);
         // A result that does not arrive is asked for by its workers.
         let _ = self.connection.client.publish(subjects::result(key), frame).await;
-        if let Some(partition) = self.careful_partition(header) {
-            let registry = self.registry.clone();
-            self.work.push(Box::pin(async move {
-                if let Err(error) = clear_suspect(&registry, partition).await {
-                    tracing::debug!(%error, "suspect not cleared");
-                }
-                Done::Nothing
-            }));
-        }
     }
 
-    /// The partition of a shard that was folded carefully: its suspect record has to go.
-    fn careful_partition(&self, header: &ResultHeader) -> Option<Partition> {
-        let partitions =
-            Partition::try_from(self.placement.partitions.len()).ok().filter(|count| *count > 0)?;
-        let partition = thalweg_protocol::partition_of(header.job, header.shard, partitions);
-        self.core.is_careful_partition(partition).then_some(partition)
+    fn clear_suspect(&self, partition: Partition) {
+        let registry = self.registry.clone();
+        self.work.push(Box::pin(async move {
+            if let Err(error) = clear_suspect(&registry, partition).await {
+                tracing::debug!(%error, "suspect not cleared");
+            }
+            Done::Nothing
+        }));
     }
 
     pub(super) fn look_up(&self, key: JobKey) {
@@ -137,7 +137,7 @@ impl Shell {
         let store = self.store.clone();
         self.work.push(Box::pin(async move {
             let result = store.fetch_head(key.0, key.1).await;
-            Done::Event(Event::Head(key, result))
+            Done::Event(Event::Head(key, result.map(Box::new)))
         }));
     }
 
@@ -172,7 +172,8 @@ impl Shell {
             };
             let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
             metrics::folded(begun.elapsed());
-            Done::Event(Event::Folded(id, result))
+            let bytes = if result.is_ok() { plan.input_bytes() } else { 0 };
+            Done::Folded(Event::Folded(id, result), bytes)
         }));
     }
 }

@@ -45,7 +45,7 @@ impl Shell {
 
     /// Goes on pulling where that was held back.
     pub(super) async fn pull_again(&mut self) {
-        if self.starved && self.core.unknown_bytes() <= self.pull_bytes {
+        if self.starved && !self.is_starved() {
             self.starved = false;
             let held: Vec<_> = self.holdings.partitions().collect();
             for partition in held {
@@ -54,10 +54,14 @@ impl Shell {
         }
     }
 
-    /// Asks for as many messages as there is room for. Not while too many wait for a look-up: they are in
-    /// nobody's budget.
+    /// Too many messages wait for a look-up, which are in nobody's budget; or for the folds that are under way.
+    fn is_starved(&self) -> bool {
+        self.core.unknown_bytes() > self.pull_bytes || self.core.is_full()
+    }
+
+    /// Asks for as many messages as there is room for.
     pub(super) async fn pull(&mut self, partition: Partition) {
-        if self.core.unknown_bytes() > self.pull_bytes {
+        if self.is_starved() {
             self.starved = true;
             return;
         }

@@ -9,13 +9,13 @@ use proptest::{
     prelude::*,
 };
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FrameError,
-    FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey,
-    JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
-    NonFinite, OnLoss, Origin, ParameterGroup, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
-    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef,
-    frame,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
+    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
+    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
+    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
+    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
+    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
+    Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -82,6 +82,7 @@ messages! {
     Lease: Record, (incarnation(), U64).prop_map(|(holder, renewals)| Lease { holder, renewals });
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
+    Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
 }
 
 /// Any text, with some characters of several bytes, long enough for every length marker but `str32`.
@@ -119,14 +120,34 @@ fn ranks() -> impl Strategy<Value = RankSet> {
 }
 
 fn ledger() -> impl Strategy<Value = Ledger> {
-    (U64, U64, U32, ranks(), ranks(), BOOL).prop_map(
-        |(round, roster_epoch, revision, counted, void, below_quorum)| Ledger {
+    (U64, U64, U32, ranks(), ranks(), BOOL, vec(0..3000_u32, 0..20)).prop_map(
+        |(round, roster_epoch, revision, counted, void, below_quorum, order)| Ledger {
             round,
             roster_epoch,
             revision,
             counted,
             void,
             below_quorum,
+            order,
+        },
+    )
+}
+
+fn partial() -> impl Strategy<Value = Partial> {
+    (ledger(), U64, U64).prop_map(|(ledger, first, since)| Partial { ledger, first, since })
+}
+
+fn open_round() -> impl Strategy<Value = OpenRound> {
+    let counts = (U64, U32, U64);
+    (incarnation(), key(), U32, head(), counts).prop_map(
+        |(job, key, shard, head, (first, counted, roster_epoch))| OpenRound {
+            job,
+            key,
+            shard,
+            head,
+            first,
+            counted,
+            roster_epoch,
         },
     )
 }
@@ -228,6 +249,11 @@ fn store_request() -> impl Strategy<Value = StoreRequest> {
             slots
         }),
         (job(), incarnation()).prop_map(|(job, hold)| StoreRequest::Release { job, hold }),
+        (job(), U32, head(), partial()).prop_map(|(job, shard, expect, partial)| {
+            StoreRequest::CommitPartial(PartialCommit { job, shard, expect, partial })
+        }),
+        (job(), U32).prop_map(|(job, shard)| StoreRequest::FetchPartial { job, shard }),
+        (option::of((job(), U32)), U32).prop_map(|(after, limit)| StoreRequest::OpenRounds { after, limit }),
     ]
 }
 
@@ -246,6 +272,12 @@ fn store_reply() -> impl Strategy<Value = StoreReply> {
         U64.prop_map(StoreReply::Fenced),
         vec(store_job(), 0..4).prop_map(StoreReply::Jobs),
         (U64, BOOL).prop_map(|(version, complete)| StoreReply::Held { version, complete }),
+        (head(), ledger(), partial()).prop_map(|(head, ledger, partial)| StoreReply::Open(
+            head,
+            ledger,
+            Box::new(partial)
+        )),
+        vec(open_round(), 0..4).prop_map(StoreReply::OpenRounds),
         wire_error().prop_map(StoreReply::Error),
     ]
 }
@@ -286,7 +318,12 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
     let round = (U32, option::of(U32), U64);
     let guarantees = (durability(), non_finite, init());
     let on_loss = prop::sample::select(vec![OnLoss::Fail, OnLoss::RollBack, OnLoss::Reseed]);
-    let policy = (option::of(U64), on_loss).prop_map(|(ttl_ms, on_loss)| Policy { ttl_ms, on_loss });
+    let order = prop::sample::select(vec![FoldOrder::Rank, FoldOrder::Arrival]);
+    let policy = (option::of(U64), on_loss, order).prop_map(|(ttl_ms, on_loss, order)| Policy {
+        ttl_ms,
+        on_loss,
+        order,
+    });
     (model, round, guarantees, U32, U32, policy).prop_map(
         |(
             (key, tensors, function),

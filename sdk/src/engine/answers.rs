@@ -76,6 +76,7 @@ impl Engine {
         self.news += 1;
         self.progress_at = now;
         self.asked_at = None;
+        self.patience = 1;
         known.head = Some(head);
         known.result = Some((ledger, values));
         if let Some(pushed) = known.pushed.take() {
@@ -111,22 +112,42 @@ impl Engine {
                 continue;
             }
             let created = streams.get(index).copied().unwrap_or_default();
-            let resend = known.pushed.as_mut().and_then(|pushed| {
-                let sent = pushed.sent.as_ref()?;
-                let lost = sent.stream_created != created && sent.stream_created != 0;
-                let old = now.duration_since(sent.at) >= self.timing.resend_after;
-                let never = !sent.accepted && now.duration_since(sent.at) >= self.timing.ask_after * 2;
-                (lost || old || never).then(|| {
-                    pushed.sent = None;
-                    pushed.frame.len() as u64
-                })
-            });
-            if let Some(len) = resend {
-                self.in_flight = self.in_flight.saturating_sub(len);
+            let Some(pushed) = &mut known.pushed else { continue };
+            let Some(sent) = &pushed.sent else { continue };
+            let lost = sent.stream_created != created && sent.stream_created != 0;
+            let old = now.duration_since(sent.at) >= self.timing.resend_after;
+            let never = !sent.accepted && now.duration_since(sent.at) >= self.timing.ask_after * 2;
+            if lost || never {
+                pushed.sent = None;
+                self.in_flight = self.in_flight.saturating_sub(pushed.frame.len() as u64);
                 self.ready.insert(shard);
+            } else if old {
+                // It may have been folded already, into a round that lasts.
+                self.actions.push(Action::Look(shard));
             }
         }
         self.streams = streams;
+        self.pump(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// The store's answer to [`Action::Look`]: where the shard stands, and whether its open round contains this
+    /// worker's contribution. If so there is nothing to send; if not, it is sent again.
+    pub fn looked(&mut self, shard: ShardIndex, head: Head, contained: bool, now: Instant) -> Vec<Action> {
+        let round = self.round;
+        let Some(known) = self.shards.get_mut(shard as usize) else { return Vec::new() };
+        if let Some(pushed) = known.pushed.as_mut().filter(|_| head.version + 1 == round)
+            && let Some(sent) = pushed.sent.as_mut()
+            && now.duration_since(sent.at) >= self.timing.resend_after
+        {
+            if contained {
+                sent.at = now;
+            } else {
+                pushed.sent = None;
+                self.in_flight = self.in_flight.saturating_sub(pushed.frame.len() as u64);
+                self.ready.insert(shard);
+            }
+        }
         self.pump(now);
         std::mem::take(&mut self.actions)
     }

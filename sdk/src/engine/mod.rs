@@ -50,6 +50,9 @@ const PACE_BYTES: u64 = 12 << 20;
 /// Silence after which that pace doubles: others may be waiting for just what was held back.
 const PACE_PATIENCE: Duration = Duration::from_millis(40);
 
+/// Longest pause between two questions, in terms of [`Timing::ask_after`].
+const MOST_PATIENCE: u32 = 8;
+
 /// Memory of finished frames that is kept for the next ones.
 const SPARE_BYTES: usize = 64 << 20;
 
@@ -63,6 +66,8 @@ pub enum Action {
     Ask,
     /// Read a shard from the store; answer with [`Engine::result`].
     Fetch(ShardIndex),
+    /// Read what a shard's open round contains from the store; answer with [`Engine::looked`].
+    Look(ShardIndex),
 }
 
 /// The result of one shard.
@@ -134,6 +139,8 @@ pub struct Engine {
     missing: usize,
     lowest_missing: ShardIndex,
     asked_at: Option<Instant>,
+    /// How many times as long as usual to wait before asking again: nothing new was heard so often.
+    patience: u32,
     progress_at: Instant,
     roster_epoch: u64,
     streams: Vec<i64>,
@@ -181,6 +188,7 @@ impl Engine {
             ready: BTreeSet::new(),
             lowest_missing: 0,
             asked_at: None,
+            patience: 1,
             progress_at: now,
             roster_epoch: 0,
             streams: Vec::new(),
@@ -330,6 +338,7 @@ impl Engine {
         }
         if !self.is_active() {
             self.progress_at = now;
+            self.patience = 1;
         }
         self.shards[shard as usize].pushed =
             Some(Pushed { frame, sent: None, not_before: None, refusals: 0 });
@@ -381,6 +390,7 @@ impl Engine {
 
     /// The connection was lost and is back: ask at once.
     pub fn reconnected(&mut self, now: Instant) -> Vec<Action> {
+        self.patience = 1;
         if self.is_active() {
             self.asked_at = Some(now);
             self.actions.push(Action::Ask);
@@ -392,8 +402,10 @@ impl Engine {
     pub fn tick(&mut self, now: Instant) -> Vec<Action> {
         let waiting = self.missing > 0 && (self.is_active() || self.target > self.round);
         let quiet = now.duration_since(self.asked_at.unwrap_or(self.progress_at).max(self.progress_at));
-        if waiting && quiet >= self.timing.ask_after {
+        if waiting && quiet >= self.timing.ask_after * self.patience {
             self.asked_at = Some(now);
+            // A round may last for hours, and have thousands of workers.
+            self.patience = (self.patience * 2).min(MOST_PATIENCE);
             self.actions.push(Action::Ask);
         }
         if !self.ready.is_empty() && now >= self.progress_at.max(self.paced_at) + PACE_PATIENCE {

@@ -18,7 +18,8 @@ fn head(version: u64) -> Head {
 
 fn ledger(round: u64) -> Ledger {
     let counted = RankSet::from_iter([0]);
-    Ledger { round, roster_epoch: 1, revision: 0, counted, void: RankSet::default(), below_quorum: false }
+    let (void, order) = (RankSet::default(), Vec::new());
+    Ledger { round, roster_epoch: 1, revision: 0, counted, void, below_quorum: false, order }
 }
 
 fn frame(len: u64) -> Bytes {
@@ -67,6 +68,10 @@ impl Bench {
         short(&self.engine.heads(&heads, vec![stream; heads.len()], self.now))
     }
 
+    fn looked(&mut self, shard: ShardIndex, version: u64, contained: bool) -> Vec<String> {
+        short(&self.engine.looked(shard, head(version), contained, self.now))
+    }
+
     fn reject(&mut self, code: ErrorCode, at: Option<(ShardIndex, Round)>) -> Vec<String> {
         let error = WireError::new(code, "no");
         let reject = Reject { job: Some(JOB), worker: Some(WORKER), at, error };
@@ -79,6 +84,7 @@ fn short(actions: &[Action]) -> Vec<String> {
         Action::Publish(shard, round, _) => format!("publish {shard}@{round}"),
         Action::Ask => "ask".to_owned(),
         Action::Fetch(shard) => format!("fetch {shard}"),
+        Action::Look(shard) => format!("look {shard}"),
     };
     actions.iter().map(one).collect()
 }
@@ -163,7 +169,7 @@ fn a_refused_publication_is_tried_again_with_growing_pauses() {
     assert_eq!(bench.confirmed(0), NOTHING);
     bench.heads(&[0, 0], 0);
     bench.now += Duration::from_secs(30);
-    assert_eq!(bench.heads(&[0, 0], 0), ["publish 0@1"]);
+    assert_eq!(bench.looked(0, 0, false), ["publish 0@1"]);
     bench.refused(0);
     assert!(bench.after(20).contains(&"publish 0@1".to_owned()));
 }
@@ -245,7 +251,6 @@ fn a_payload_is_sent_again_only_for_a_reason() {
     let cases = [
         (true, false, 0, false),
         (true, false, 29_999, false),
-        (true, false, 30_000, true),
         (false, false, 1_999, false),
         (false, false, 2_000, true),
         (true, true, 0, true),
@@ -265,6 +270,44 @@ fn a_payload_is_sent_again_only_for_a_reason() {
         // Not twice for the same reason.
         assert_eq!(bench.heads(&[0], if recreated { 8 } else { 7 }), NOTHING);
     }
+}
+
+#[test]
+fn an_old_payload_is_sent_again_only_if_the_open_round_does_not_contain_it() {
+    for contained in [true, false] {
+        let mut bench = Bench::new(1, 100);
+        bench.heads(&[0], 7);
+        bench.push(0);
+        bench.confirmed(0);
+        bench.now += Duration::from_secs(30);
+        assert_eq!(bench.heads(&[0], 7), ["look 0"]);
+        assert_eq!(bench.looked(0, 1, false), NOTHING, "a round that has ended since is fetched");
+        assert_eq!(bench.looked(0, 0, contained), if contained { vec![] } else { vec!["publish 0@1"] });
+        assert_eq!(bench.heads(&[0], 7), NOTHING, "not twice for the same reason");
+        assert_eq!(bench.engine.in_flight, LEN);
+        bench.now += Duration::from_secs(30);
+        let again = if contained { vec!["look 0"] } else { vec!["publish 0@1"] };
+        assert_eq!(bench.heads(&[0], 7), again, "what is unconfirmed needs no look");
+    }
+}
+
+#[test]
+fn questions_become_rarer_while_nothing_is_heard() {
+    let mut bench = Bench::new(1, 100);
+    bench.push(0);
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        let asked = bench.now;
+        while !short(&bench.engine.tick(bench.now)).contains(&"ask".to_owned()) {
+            bench.now += Duration::from_millis(100);
+        }
+        waits.push(bench.now.duration_since(asked).as_secs());
+    }
+    assert_eq!(waits, [1, 2, 4, 8, 8, 8]);
+    bench.result(0, 1);
+    bench.engine.advance();
+    assert_eq!(bench.push(0), ["publish 0@2"]);
+    assert_eq!(bench.after(1000), ["ask"], "news make it ask soon again");
 }
 
 #[test]
@@ -353,7 +396,7 @@ fn silence_makes_it_ask_and_only_while_something_is_awaited() {
     bench.push(0);
     assert_eq!(bench.after(999), NOTHING);
     assert_eq!(bench.after(1), ["ask"]);
-    assert_eq!(bench.after(999), NOTHING, "one question at a time");
+    assert_eq!(bench.after(1999), NOTHING, "one question at a time");
     assert_eq!(bench.after(1), ["ask"], "unanswered: once more");
     bench.push(1);
     bench.after(500);

@@ -109,6 +109,7 @@ impl Slab {
                 self.rewrite(&shard, current)?;
             }
         }
+        self.rewrite_open_rounds()?;
         self.change_superblock(&mut lock(&self.common), |_| {})?;
         // No cycle covers the superblock, and what it says may be seen as soon as the store serves: at any level
         // that there is such a job, whose creation may have been cut short before it was synced.

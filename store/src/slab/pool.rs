@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use thalweg_protocol::{Durability, Incarnation, Init, StoreJob, Version};
 
-use super::{hold::Hold, superblock::Superblock};
+use super::{hold::Hold, partial::Open, superblock::Superblock};
 use crate::{
     mutation::{Bug, is_planted},
     slot::SlotHeader,
@@ -64,6 +64,8 @@ pub(super) struct Shard {
     pub(super) durable: Option<u32>,
     pub(super) staged: Option<u32>,
     pub(super) generation: u64,
+    /// Partial commits, of which the newest may count.
+    pub(super) open: Vec<Open>,
     /// The newest commit's: durable once a flush cycle covers it.
     pub(super) ticket: u64,
 }

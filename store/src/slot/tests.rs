@@ -54,6 +54,7 @@ fn header(state: &[u8]) -> SlotHeader {
         counted: [0, 1, 9].into_iter().collect(),
         void: [2].into_iter().collect(),
         below_quorum: false,
+        order: Vec::new(),
     };
     let state_checksum = checksum(&[state]);
     SlotHeader {
@@ -164,7 +165,7 @@ proptest! {
         written.head = Head { version: round, fold_count, state_id: thalweg_protocol::StateId(id) };
         written.ledger = Ledger {
             round, roster_epoch: epoch, revision, counted: counted.into_iter().collect(),
-            void: void.into_iter().collect(), below_quorum,
+            void: void.into_iter().collect(), below_quorum, order: Vec::new(),
         };
         written.durability = if disk { Durability::Disk } else { Durability::Process };
         (written.generation, written.shard, written.origin) = (generation, shard, origin.map(Incarnation));

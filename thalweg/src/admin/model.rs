@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use thalweg_protocol::TensorSpec;
-use thalweg_sdk::{Durability, FunctionSpec, Job, JobKey, NonFinite, OnLoss, Setting, model_of};
+use thalweg_sdk::{Durability, FoldOrder, FunctionSpec, Job, JobKey, NonFinite, OnLoss, Setting, model_of};
 
 use super::Complaint;
 
@@ -48,6 +48,9 @@ pub(crate) struct JobArgs {
     /// What happens when rounds are lost with the power
     #[arg(long, value_enum, default_value_t = OnLossArg::Fail)]
     on_loss: OnLossArg,
+    /// In which order contributions are folded; on arrival suits rounds of thousands of workers, or of hours
+    #[arg(long, value_enum, default_value_t = OrderArg::Rank)]
+    order: OrderArg,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -76,6 +79,14 @@ enum OnLossArg {
     RollBack,
     /// It waits for the parameters of a worker that joins again
     Reseed,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OrderArg {
+    /// By rank: the same contributions give the same bits
+    Rank,
+    /// As they come; the order is recorded with the round
+    Arrival,
 }
 
 impl JobArgs {
@@ -117,6 +128,10 @@ impl JobArgs {
         if let Some(ttl) = self.ttl {
             job = job.time_to_live(ttl);
         }
+        job = job.order(match self.order {
+            OrderArg::Rank => FoldOrder::Rank,
+            OrderArg::Arrival => FoldOrder::Arrival,
+        });
         Ok(job.on_loss(match self.on_loss {
             OnLossArg::Fail => OnLoss::Fail,
             OnLossArg::RollBack => OnLoss::RollBack,

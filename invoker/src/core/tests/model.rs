@@ -39,6 +39,9 @@ pub(super) enum Note {
     ReadHead(ShardIndex),
     Fold(ShardIndex, Round, Vec<Rank>),
     Commit(ShardIndex, Round),
+    /// Some of a round was folded: so many contributions are in it now.
+    Partial(ShardIndex, Round, usize),
+    ClearSuspect,
     Publish(ShardIndex, u64),
     Republish(ShardIndex),
     Fail(ErrorCode),
@@ -56,6 +59,11 @@ impl Note {
                 Self::Fold(plan.shard, plan.round, plan.inputs.iter().map(|input| input.rank).collect())
             }
             Action::Commit(_, commit, _) => Self::Commit(commit.shard, commit.ledger.round),
+            Action::CommitPartial(_, commit, _) => {
+                let ledger = &commit.partial.ledger;
+                Self::Partial(commit.shard, ledger.round, ledger.counted.len() + ledger.void.len())
+            }
+            Action::ClearSuspect(_) => Self::ClearSuspect,
             Action::Publish(_, header, _) => Self::Publish(header.shard, header.head.version),
             Action::Republish(_, key) => Self::Republish(key.1),
             Action::FailJob(_, _, error) => Self::Fail(error.code),
@@ -291,6 +299,7 @@ impl World {
                     assert_eq!(values, state.values.slice(..BYTES));
                     self.publish((header.job, header.shard), header.head.version);
                 }
+                Action::ClearSuspect(_) => {}
                 other => self.pending.push(other),
             }
         }
@@ -325,7 +334,7 @@ impl World {
                 Some(Event::Job(key, view))
             }
             Action::ReadHead(key) => {
-                Some(Event::Head(key, now_or_never(self.store.fetch_head(key.0, key.1))))
+                Some(Event::Head(key, now_or_never(self.store.fetch_head(key.0, key.1)).map(Box::new)))
             }
             Action::Fold(id, plan) => Some(Event::Folded(id, self.fold(&plan))),
             Action::Commit(id, commit, state) => {
@@ -335,6 +344,9 @@ impl World {
                     self.history.entry(shard).or_default().push(ledger);
                 }
                 Some(Event::Committed(id, outcome))
+            }
+            Action::CommitPartial(id, commit, state) => {
+                Some(Event::Committed(id, now_or_never(self.store.commit_partial(commit, state))))
             }
             Action::Republish(_, key) => {
                 let state = now_or_never(self.store.fetch(key.0, key.1, false)).ok()?;
@@ -356,13 +368,19 @@ impl World {
     }
 
     pub(super) fn fold(&self, plan: &Plan) -> Result<Bytes, FoldError> {
-        let state = now_or_never(self.store.fetch(plan.job.record.incarnation, plan.shard, true))
-            .map_err(|error| FoldError::Unavailable(error.to_string()))?;
-        if state.head != plan.expect {
-            return Err(FoldError::Moved);
-        }
+        let unavailable = |error: thalweg_store::StoreError| FoldError::Unavailable(error.to_string());
+        let job = plan.job.record.incarnation;
+        let state = now_or_never(self.store.fetch(job, plan.shard, true)).map_err(unavailable)?;
         let function = plan.job.function(plan.round);
-        let mut fold = function.begin(ShardContext { elements: ELEMENTS, groups: &[], round: plan.round });
+        let context = ShardContext { elements: ELEMENTS, groups: &[], round: plan.round };
+        let open = now_or_never(self.store.fetch_partial(job, plan.shard)).map_err(unavailable)?;
+        let mut fold = match open {
+            Some((head, _, partial)) if head == plan.expect => function.resume(context, &partial).unwrap(),
+            None if state.head == plan.expect => function.begin(context),
+            // From the start, where another has folded already.
+            Some((head, ..)) if head.closed() == plan.expect => function.begin(context),
+            _ => return Err(FoldError::Moved),
+        };
         for input in &plan.inputs {
             let values = match &input.values {
                 Some(values) => values.clone(),
@@ -376,7 +394,11 @@ impl World {
             fold.accept(Contribution { rank: input.rank, weight: input.weight, values: &values });
         }
         let mut out = Vec::new();
-        fold.finish(&state.values, &mut out);
+        if plan.suspend {
+            fold.suspend(&mut out);
+        } else {
+            fold.finish(&state.values, &mut out);
+        }
         Ok(out.into())
     }
 

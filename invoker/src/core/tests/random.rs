@@ -120,6 +120,12 @@ impl Run {
                 }
                 Event::Committed(id, Err(unavailable()))
             }
+            Action::CommitPartial(id, commit, state) => {
+                if applied {
+                    self.world.perform(Action::CommitPartial(id, commit, state));
+                }
+                Event::Committed(id, Err(unavailable()))
+            }
             _ => return,
         };
         self.answers.push(event);
@@ -170,7 +176,7 @@ impl Run {
             Step::Kill => {
                 // Requests on their way may still arrive; nobody hears their answers.
                 for action in std::mem::take(&mut self.world.pending) {
-                    if let commit @ Action::Commit(..) = action {
+                    if let commit @ (Action::Commit(..) | Action::CommitPartial(..)) = action {
                         self.world.perform(commit);
                     }
                 }
@@ -247,8 +253,11 @@ proptest! {
         steps in prop::collection::vec(step(), 0..400),
         held in prop_oneof![Just(64 * BYTES), Just(2 * BYTES), Just(0)],
         invocations in 1..3_usize,
+        partial_entries in prop_oneof![Just(usize::MAX), 1..3_usize],
+        linger in prop_oneof![Just(1 << 40), 0..300_u64],
     ) {
-        let mut run = Run::new(Limits { held_bytes: held, invocations, ..limits() });
+        let early = Limits { partial_entries, linger, ..limits() };
+        let mut run = Run::new(Limits { held_bytes: held, invocations, ..early });
         for step in steps {
             run.step(step);
         }

@@ -14,7 +14,14 @@ use super::{
 };
 
 pub(super) fn limits() -> Limits {
-    Limits { held_bytes: 64 * BYTES, invocations: 4, idle_shards: 64 }
+    // No round is folded early unless a test wants it.
+    Limits {
+        held_bytes: 64 * BYTES,
+        invocations: 4,
+        idle_shards: 64,
+        partial_entries: usize::MAX,
+        linger: 1 << 40,
+    }
 }
 
 pub(super) fn name(job: &str) -> JobKey {

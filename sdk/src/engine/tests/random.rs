@@ -21,6 +21,10 @@ enum Step {
     Rejected(u8),
     AnswersAsk(bool),
     AnswersFetch(u8, bool),
+    /// A stored contribution becomes part of its open round; or what the round contains is dropped.
+    Folds(u8),
+    Drops,
+    AnswersLook(u8, bool),
     Window(u8),
     Reconnected,
     Pass(u16),
@@ -37,9 +41,13 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<u8>().prop_map(Step::Rejected),
         3 => any::<bool>().prop_map(Step::AnswersAsk),
         3 => (any::<u8>(), any::<bool>()).prop_map(|(pick, heard)| Step::AnswersFetch(pick, heard)),
+        2 => any::<u8>().prop_map(Step::Folds),
+        1 => Just(Step::Drops),
+        3 => (any::<u8>(), any::<bool>()).prop_map(|(pick, heard)| Step::AnswersLook(pick, heard)),
         1 => any::<u8>().prop_map(Step::Window),
         1 => Just(Step::Reconnected),
         4 => (0..3000_u16).prop_map(Step::Pass),
+        1 => (30_000..40_000_u16).prop_map(Step::Pass),
     ]
 }
 
@@ -48,9 +56,12 @@ struct Run {
     /// Publications without an answer.
     published: Vec<(ShardIndex, Round)>,
     stored: Vec<(ShardIndex, Round)>,
+    /// What open rounds contain.
+    folded: Vec<(ShardIndex, Round)>,
     versions: Vec<u64>,
     asks: u32,
     fetches: Vec<ShardIndex>,
+    looks: Vec<ShardIndex>,
     created: i64,
 }
 
@@ -60,8 +71,17 @@ impl Run {
         let heads = vec![head(0); shards];
         bench.engine.heads(&heads, vec![1; shards], bench.now);
         let versions = vec![0; shards];
-        let (published, stored, fetches) = (Vec::new(), Vec::new(), Vec::new());
-        Self { bench, published, stored, versions, asks: 0, fetches, created: 1 }
+        Self {
+            bench,
+            published: Vec::new(),
+            stored: Vec::new(),
+            folded: Vec::new(),
+            versions,
+            asks: 0,
+            fetches: Vec::new(),
+            looks: Vec::new(),
+            created: 1,
+        }
     }
 
     fn act(&mut self, actions: Vec<Action>) {
@@ -73,6 +93,7 @@ impl Run {
                 }
                 Action::Ask => self.asks += 1,
                 Action::Fetch(shard) => self.fetches.push(shard),
+                Action::Look(shard) => self.looks.push(shard),
             }
         }
         self.check();
@@ -125,10 +146,11 @@ impl Run {
     }
 
     fn close(&mut self, pick: u8, heard: bool) {
-        if self.stored.is_empty() {
+        let there = if self.folded.is_empty() { &mut self.stored } else { &mut self.folded };
+        if there.is_empty() {
             return;
         }
-        let (shard, round) = self.stored.remove(usize::from(pick) % self.stored.len());
+        let (shard, round) = there.remove(usize::from(pick) % there.len());
         let version = &mut self.versions[shard as usize];
         // A duplicate or a late one changes nothing.
         if *version + 1 == round {
@@ -184,6 +206,24 @@ impl Run {
                     }
                 }
             }
+            Step::Folds(pick) => {
+                if !self.stored.is_empty() {
+                    let at = self.stored.remove(usize::from(pick) % self.stored.len());
+                    self.folded.push(at);
+                }
+            }
+            Step::Drops => self.folded.clear(),
+            Step::AnswersLook(pick, heard) => {
+                if !self.looks.is_empty() {
+                    let shard = self.looks.remove(usize::from(pick) % self.looks.len());
+                    let version = self.versions[shard as usize];
+                    let contained = self.folded.contains(&(shard, version + 1));
+                    if heard {
+                        let actions = self.bench.engine.looked(shard, head(version), contained, now);
+                        self.act(actions);
+                    }
+                }
+            }
             Step::Window(pick) => {
                 let actions = self.bench.engine.window(u64::from(pick) * 4, 1, now);
                 self.act(actions);
@@ -209,10 +249,13 @@ impl Run {
             while !self.published.is_empty() {
                 self.answer(0, true, true);
             }
-            while !self.stored.is_empty() {
+            while !self.stored.is_empty() || !self.folded.is_empty() {
                 self.close(0, true);
             }
             self.step(Step::AnswersAsk(true));
+            while !self.looks.is_empty() {
+                self.step(Step::AnswersLook(0, true));
+            }
             while !self.fetches.is_empty() {
                 self.step(Step::AnswersFetch(0, true));
             }
@@ -220,7 +263,8 @@ impl Run {
             if self.bench.engine.round() > round {
                 quiet_since = self.bench.now;
             }
-            let limit = self.bench.engine.timing.resend_after + self.bench.engine.timing.ask_after * 3;
+            let timing = self.bench.engine.timing;
+            let limit = timing.resend_after + timing.ask_after * (MOST_PATIENCE + 3);
             assert!(self.bench.now - quiet_since < limit, "round {round} does not end");
         }
         while !self.published.is_empty() {
