@@ -1,8 +1,8 @@
 //! What has happened to a job between two looks at it.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
-use thalweg_protocol::{EventKind, JobRecord, JobState, Roster};
+use thalweg_protocol::{EventKind, Incarnation, JobRecord, JobState, Member, Roster};
 
 /// Takes in what happened to a job.
 pub type Sink = Arc<dyn Fn(&JobRecord, EventKind) + Send + Sync>;
@@ -42,18 +42,20 @@ pub fn between(before: Option<(&JobRecord, &Roster)>, record: &JobRecord, roster
     }));
     let no_members = Vec::new();
     let members = before.map_or(&no_members, |(_, roster)| &roster.members);
-    let present = |members: &[thalweg_protocol::Member], worker| {
-        members.iter().any(|member| member.incarnation == worker && member.until_round.is_none())
+    let present = |members: &[Member]| -> BTreeSet<Incarnation> {
+        let present = members.iter().filter(|member| member.until_round.is_none());
+        present.map(|member| member.incarnation).collect()
     };
+    let (before_it, after_it) = (present(members), present(&roster.members));
     events.extend(
         members
             .iter()
-            .filter(|member| member.until_round.is_none() && !present(&roster.members, member.incarnation))
+            .filter(|member| member.until_round.is_none() && !after_it.contains(&member.incarnation))
             .map(|member| EventKind::Left { rank: member.rank, worker: member.worker.clone() }),
     );
     events.extend(
         (roster.members.iter())
-            .filter(|member| member.until_round.is_none() && !present(members, member.incarnation))
+            .filter(|member| member.until_round.is_none() && !before_it.contains(&member.incarnation))
             .map(|member| EventKind::Joined {
                 rank: member.rank,
                 worker: member.worker.clone(),

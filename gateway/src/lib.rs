@@ -5,6 +5,7 @@
 //! decisions are pure functions ([`roster`], [`windows`], [`leases`]) with a thin shell around them.
 
 mod control;
+mod doors;
 mod duties;
 pub mod events;
 mod http;

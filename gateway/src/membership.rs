@@ -1,5 +1,7 @@
 //! Who is in a job: claims of ranks, leaving, and the rounds that nobody is left to complete (rules P4, P11).
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use thalweg_protocol::{
     Claim, Commit, CommitOutcome, ErrorCode, Incarnation, JobKey, JobRecord, JobState, Ledger, Roster, Round,
@@ -7,66 +9,93 @@ use thalweg_protocol::{
 };
 
 use crate::{
+    doors::Admission,
     jobs::{Jobs, MAX_CONFLICTS, busy, over, store_error, unavailable},
     roster,
 };
 
 impl Jobs {
-    /// Claims a rank. Returns the roster that holds the claim; a job that has started is fenced, so that
-    /// no round from the claimant's first one on can close without it (rule P4).
-    pub(crate) async fn join(&self, claim: &Claim) -> Result<(JobRecord, Roster), WireError> {
-        let key = &claim.worker.key;
+    /// Claims ranks of one life of a job. Answers each claim, in order, with the roster that holds it; a job that has
+    /// started is fenced, so that no round from a claimant's first one on can close without it (rule P4).
+    pub(crate) async fn join(&self, key: &JobKey, job: Incarnation, claims: &[Claim]) -> Vec<Admission> {
+        match self.let_in(key, job, claims).await {
+            Ok((record, roster, answers)) => {
+                let (record, roster) = (Arc::new(record), Arc::new(roster));
+                let admitted = |()| (record.clone(), roster.clone());
+                answers.into_iter().map(|answer| answer.map(admitted)).collect()
+            }
+            Err(error) => claims.iter().map(|_| Err(error.clone())).collect(),
+        }
+    }
+
+    async fn let_in(
+        &self,
+        key: &JobKey,
+        job: Incarnation,
+        claims: &[Claim],
+    ) -> Result<(JobRecord, Roster, Vec<Result<(), WireError>>), WireError> {
         for _ in 0..MAX_CONFLICTS {
-            let (record, revision_of_roster, roster) = self.read_for_change(key, claim.worker.job).await?;
+            let (record, revision_of_roster, known) = self.read_for_change(key, job).await?;
             if let Some(error) = record.state.end(key) {
                 return Err(error);
             }
             let versions = self.versions(&record).await;
             let versions = self.note_loss(&record, versions).await?;
-            let claimed = roster::claim(&record, &roster, claim, versions)?;
-            let roster = match claimed.roster {
-                None => roster,
-                Some(next) => {
-                    if !self.put_roster(key, &next, revision_of_roster).await? {
-                        continue;
+            let (mut roster, mut changed) = (known, false);
+            let mut unconfirmed = Vec::new();
+            let mut answers = Vec::with_capacity(claims.len());
+            for claim in claims {
+                let claimed = roster::claim(&record, &roster, claim, versions);
+                answers.push(claimed.map(|claimed| {
+                    if let Some(next) = claimed.roster {
+                        (roster, changed) = (next, true);
                     }
-                    next
-                }
-            };
-            if let Some(version) = claimed.level {
+                    if !claimed.confirmed {
+                        unconfirmed.push((claim.worker.incarnation, claimed.from_round));
+                    }
+                }));
+            }
+            if changed && !self.put_roster(key, &roster, revision_of_roster).await? {
+                continue;
+            }
+            if answers.iter().any(Result::is_ok)
+                && let Some(version) = roster::deserted(&roster, versions)
+            {
                 self.level(&record, &roster, version).await?;
             }
-            if claimed.confirmed {
-                return Ok((record, roster));
+            if unconfirmed.is_empty() {
+                return Ok((record, roster, answers));
             }
-            if let Some(roster) =
-                self.fence(&record, roster, claim.worker.incarnation, claimed.from_round).await?
-            {
-                return Ok((record, roster));
+            if let Some(roster) = self.fence(&record, roster, &unconfirmed).await? {
+                return Ok((record, roster, answers));
             }
         }
         Err(busy("the roster"))
     }
 
-    /// Fences a claimant's first round and confirms it; `None` when the roster changed meanwhile.
+    /// Fences the claimants' first rounds and confirms them; `None` when the roster changed meanwhile.
     async fn fence(
         &self,
         record: &JobRecord,
         mut roster: Roster,
-        worker: Incarnation,
-        mut from_round: Round,
+        claimants: &[(Incarnation, Round)],
     ) -> Result<Option<Roster>, WireError> {
         let key = &record.spec.key;
         let store = self.store(record);
+        let workers: Vec<_> = claimants.iter().map(|(worker, _)| *worker).collect();
+        let Some(mut from_round) = claimants.iter().map(|(_, from_round)| *from_round).min() else {
+            return Ok(Some(roster));
+        };
         for _ in 0..MAX_CONFLICTS {
             let max = store.fence(record.incarnation, roster.epoch, from_round).await.map_err(store_error)?;
             let fenced = max < from_round;
             let versions = self.versions(record).await?;
             let next = if fenced {
-                roster::confirm(&roster, worker)
+                roster::confirm(&roster, &workers)
             } else {
                 // That round closed somewhere before the fence stood: count from a later one.
-                roster::postpone(&roster, worker, versions)
+                let mut late = workers.iter();
+                late.try_fold(roster.clone(), |roster, worker| roster::postpone(&roster, *worker, versions))
             };
             let Some(next) = next else { return Ok(None) };
             let (known, revision) =
@@ -80,7 +109,8 @@ impl Jobs {
             if let Some(version) = roster::deserted(&next, versions) {
                 self.level(record, &next, version).await?;
             }
-            from_round = next.tenure(worker).map_or(from_round, |tenure| tenure.from_round);
+            let first = workers.iter().filter_map(|worker| Some(next.tenure(*worker)?.from_round)).min();
+            from_round = first.unwrap_or(from_round);
             roster = next;
         }
         Err(busy("the job's rounds"))

@@ -96,13 +96,15 @@ pub fn claim(
     Ok(Claimed { roster: Some(next), from_round, confirmed, level })
 }
 
-/// No round from the claimant's first one on can close without it any more: it may be told. Without that
+/// No round from these claimants' first ones on can close without them any more: they may be told. Without that
 /// mark, the same claim made again (its answer was lost) could be taken for one whose first round has
 /// closed already, when it was the claimant itself who closed it.
 #[must_use]
-pub fn confirm(roster: &Roster, worker: Incarnation) -> Option<Roster> {
+pub fn confirm(roster: &Roster, workers: &[Incarnation]) -> Option<Roster> {
     let mut next = roster.clone();
-    next.members.iter_mut().find(|member| member.incarnation == worker)?.confirmed = true;
+    for worker in workers {
+        next.members.iter_mut().find(|member| member.incarnation == *worker)?.confirmed = true;
+    }
     next.epoch += 1;
     Some(next)
 }

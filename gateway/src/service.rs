@@ -9,11 +9,12 @@ use std::{
 
 use bytes::Bytes;
 use thalweg_protocol::{
-    ApiReply, ApiRequest, ErrorCode, EventKind, Incarnation, JobCommand, JobKey, JobRecord, JobSpec, Kind,
-    Name, Origin, Roster, WireError, WorkerRef, frame, limits,
+    ApiReply, ApiRequest, Claim, ErrorCode, EventKind, Incarnation, JobCommand, JobKey, JobRecord, JobSpec,
+    Kind, Member, Name, Origin, Roster, WireError, WorkerRef, frame, limits,
 };
 
 use crate::{
+    doors::Doors,
     events::{self, Sink},
     jobs::{Jobs, over},
     leases::Leases,
@@ -22,6 +23,9 @@ use crate::{
     recovery,
     windows::Windows,
 };
+
+/// Least time between two readings of a job because of heartbeats; they are repeated anyway.
+const READ_AGAIN: Duration = Duration::from_millis(100);
 
 /// Tells the time. The simulation has its own.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -32,6 +36,7 @@ pub struct Gateway {
     pub(crate) clock: Clock,
     pub(crate) wall_clock: WallClock,
     pub(crate) lease: Duration,
+    doors: Doors,
     shared: Mutex<Shared>,
 }
 
@@ -46,7 +51,8 @@ pub(crate) struct Shared {
     pub(crate) windows: Windows,
     /// Until when this gateway leads, if it does: it grants windows and expires workers.
     pub(crate) leads_until: Option<Instant>,
-    /// Jobs with their rosters as last read, for heartbeats.
+    /// Jobs with their rosters as last read, for heartbeats: members in the order of their lives, so that each of
+    /// thousands is found at once.
     pub(crate) rosters: BTreeMap<JobKey, (Arc<JobRecord>, Arc<Roster>)>,
     /// Roster epochs whose shards were found level, or were levelled.
     pub(crate) levelled: BTreeMap<JobKey, u64>,
@@ -88,7 +94,7 @@ impl Gateway {
             let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
         });
-        Self { jobs, clock, wall_clock, lease, shared: Mutex::new(shared) }
+        Self { jobs, clock, wall_clock, lease, doors: Doors::default(), shared: Mutex::new(shared) }
     }
 
     /// Goes by another time of day than the system's: deadlines of rounds count by it.
@@ -152,20 +158,30 @@ impl Gateway {
                 // Asking is a sign of life too, however long the answer takes.
                 let now = (self.clock)();
                 self.shared().leases.hear(claim.worker.clone(), now);
-                let (record, roster) = self.jobs.join(&claim).await?;
+                let worker = claim.worker.clone();
+                let (key, job) = (&worker.key, worker.job);
+                let admit = async move |claims: Vec<Claim>| {
+                    let admissions = self.jobs.join(key, job, &claims).await;
+                    if let Some((record, roster)) =
+                        admissions.iter().find_map(|admission| admission.as_ref().ok())
+                    {
+                        self.shared().remember(record, roster);
+                    }
+                    admissions
+                };
+                let (record, roster) = self.doors.enter(claim, admit).await?;
                 let now = (self.clock)();
                 let mut shared = self.shared();
-                shared.leases.hear(claim.worker.clone(), now);
+                shared.leases.hear(worker.clone(), now);
                 let least = least_window(&record);
                 let window_bytes = if shared.leads(now) {
-                    shared.windows.join(claim.worker.incarnation, least, record.spec.workers)
+                    shared.windows.join(worker.incarnation, least, record.spec.workers)
                 } else {
                     least
                 };
-                shared.remember(&record, &roster);
                 drop(shared);
                 Ok(ApiReply::Joined {
-                    roster,
+                    roster: roster.concerning(worker.incarnation),
                     window_bytes,
                     lease_ms: u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX),
                 })
@@ -227,21 +243,32 @@ impl Gateway {
         };
         let known = self.shared().rosters.get(&worker.key).cloned();
         let fits = |job: &JobRecord, roster: &Roster| {
-            job.incarnation == worker.job && roster.tenure(worker.incarnation).is_some()
+            job.incarnation == worker.job && remembered(roster, worker.incarnation).is_some()
         };
         let known = match known {
             Some((job, roster)) if fits(&job, &roster) => Ok((job, roster)),
-            // A roster that we have not read yet, or one that has lost this worker.
-            _ => match self.jobs.get(&worker.key).await {
-                Ok((record, roster)) => Ok(self.shared().remember(&record, &roster)),
-                Err(error) => Err(error),
-            },
+            // A roster that we have not read yet, or one that has lost this worker. Where thousands join, each is unknown
+            // for a moment, and what all of them wait for would be read for each.
+            _ => {
+                let now = (self.clock)();
+                if !self.shared().may_read(&worker.key, now) {
+                    return None;
+                }
+                match self.jobs.get(&worker.key).await {
+                    Ok((record, roster)) => Ok(self.shared().remember(&record, &roster)),
+                    Err(error) => {
+                        self.shared().read_at.remove(&worker.key);
+                        Err(error)
+                    }
+                }
+            }
         };
         let now = (self.clock)();
         let mut shared = self.shared();
         let reply = match known {
             Ok((record, roster)) => {
-                let tenure = roster.tenure(worker.incarnation).filter(|member| member.until_round.is_none());
+                let tenure =
+                    remembered(&roster, worker.incarnation).filter(|member| member.until_round.is_none());
                 if record.incarnation == worker.job
                     && let Some(error) = record.state.end(&record.spec.key)
                 {
@@ -255,7 +282,7 @@ impl Gateway {
                     let granted = shared.windows.beat(worker.incarnation, window_bytes, least, active);
                     ApiReply::Beat {
                         window_bytes: granted,
-                        roster_epoch: roster.epoch,
+                        roster_epoch: if roster.started { roster.epoch } else { 0 },
                         paused: record.life.paused.clone(),
                     }
                 } else if record.incarnation == worker.job {
@@ -271,9 +298,25 @@ impl Gateway {
     }
 }
 
+/// A worker's tenure on a roster as [`Shared::rosters`] has it.
+fn remembered(roster: &Roster, worker: Incarnation) -> Option<&Member> {
+    let found = roster.members.binary_search_by_key(&worker, |member| member.incarnation);
+    found.ok().map(|index| &roster.members[index])
+}
+
 impl Shared {
     pub(crate) fn leads(&self, now: Instant) -> bool {
         self.leads_until.is_some_and(|until| now < until)
+    }
+
+    /// Whether it is time to read a job again because of what somebody says; it is then taken to have been read.
+    fn may_read(&mut self, key: &JobKey, now: Instant) -> bool {
+        let before = self.read_at.get(key);
+        if before.is_some_and(|before| now.saturating_duration_since(*before) < READ_AGAIN) {
+            return false;
+        }
+        self.read_at.insert(key.clone(), now);
+        true
     }
 
     pub(crate) fn remember(&mut self, record: &JobRecord, roster: &Roster) -> (Arc<JobRecord>, Arc<Roster>) {
@@ -294,7 +337,9 @@ impl Shared {
         if recovery::is_due(record) {
             self.recovering.insert(record.spec.key.clone());
         }
-        let view = (Arc::new(record.clone()), Arc::new(roster.clone()));
+        let mut roster = roster.clone();
+        roster.members.sort_unstable_by_key(|member| member.incarnation);
+        let view = (Arc::new(record.clone()), Arc::new(roster));
         self.rosters.insert(record.spec.key.clone(), view.clone());
         view
     }

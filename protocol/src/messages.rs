@@ -487,7 +487,7 @@ pub enum ApiReply {
     Jobs(Vec<JobRecord>),
     /// The claim stands.
     Joined {
-        /// Roster that holds it.
+        /// Of the roster that holds it, the claimant's entry ([`Roster::concerning`]).
         roster: Roster,
         /// Bytes the worker may have in flight.
         window_bytes: u64,
@@ -498,7 +498,7 @@ pub enum ApiReply {
     Beat {
         /// Bytes the worker may have in flight from now on.
         window_bytes: u64,
-        /// Newest roster.
+        /// Newest roster; 0 while founding members are missing.
         roster_epoch: Epoch,
         /// Why the job is paused, if it is.
         #[serde(default, skip_serializing_if = "Option::is_none")]

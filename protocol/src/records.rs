@@ -220,6 +220,13 @@ impl Roster {
         self.members.iter().find(holds).map(|member| member.incarnation)
     }
 
+    /// As much of it as a worker's life needs to know of itself: of thousands of members, to each of thousands.
+    #[must_use]
+    pub fn concerning(&self, worker: Incarnation) -> Self {
+        let members = self.tenure(worker).into_iter().cloned().collect();
+        Self { members, ..*self }
+    }
+
     /// The tenure of a worker's life.
     #[must_use]
     pub fn tenure(&self, worker: Incarnation) -> Option<&Member> {

@@ -8,8 +8,8 @@ use std::{
 use bytes::Bytes;
 use thalweg_broker::{Backoff, Connection, NatsConfig, Registry, RequestError, request};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, ErrorCode, Incarnation, JobRecord, JobState, Kind, OnLoss, Rank, Roster,
-    StoreRequest, WireError, WorkerRef, frame, offsets, subjects,
+    ApiReply, ApiRequest, Claim, Epoch, ErrorCode, Incarnation, JobRecord, JobState, Kind, OnLoss, Rank,
+    Roster, StoreRequest, WireError, WorkerRef, frame, offsets, subjects,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -224,8 +224,8 @@ impl Client {
                 Err(error) => patience.wait("the registry", &error.to_string()).await?,
             }
         };
-        let roster =
-            self.wait_for_start(&record, (&worker, window_bytes), roster, lease, &mut patience).await?;
+        let roster_epoch =
+            self.wait_for_start(&record, (&worker, window_bytes), &roster, lease, &mut patience).await?;
         let from_round = roster.tenure(worker.incarnation).map_or(1, |member| member.from_round);
         let (heads, round) = loop {
             match read_heads(&self.connection.client, &record).await {
@@ -233,7 +233,7 @@ impl Client {
                     if let Some(round) = first_round(&heads, from_round) {
                         break (heads, round);
                     }
-                    self.stand_aside(&record, &worker, &roster, from_round, &heads).await;
+                    self.stand_aside(&record, &worker, roster_epoch, from_round, &heads).await;
                     patience.wait("the present round to end", "other workers are in it").await?;
                 }
                 Err(error) if error.is_retryable() => patience.wait("the store", &error.message).await?,
@@ -248,7 +248,7 @@ impl Client {
         let now = Instant::now();
         let mut engine = Engine::new(options.timing, identity, heads.clone(), round, model_bytes, now)
             .full_roster(record.spec.quorum.is_none());
-        engine.window(window_bytes, roster.epoch, now);
+        engine.window(window_bytes, roster_epoch, now);
         engine.heads(&heads, streams, now);
         let results = self.subscribe(subjects::result(&worker.key)).await?;
         let rejects = self.subscribe(subjects::reject(&worker.key, rank)).await?;
@@ -275,13 +275,13 @@ impl Client {
         &self,
         record: &JobRecord,
         worker: &WorkerRef,
-        roster: &Roster,
+        roster_epoch: Epoch,
         from_round: thalweg_protocol::Round,
         heads: &[thalweg_protocol::Head],
     ) {
         for (shard, head) in held_up(heads, from_round) {
             let identity = (worker.job, worker.incarnation, worker.rank);
-            let frame = void_after(identity, roster.epoch, shard, head);
+            let frame = void_after(identity, roster_epoch, shard, head);
             let subject = subjects::gradient(record.partition(shard), &worker.key, worker.rank);
             // One that does not arrive is sent again with the next look.
             if let Err(error) = self.connection.jetstream.publish(subject, frame).await {
@@ -413,27 +413,36 @@ impl Client {
         }
     }
 
+    /// Waits until all founding members are there; returns the epoch of a roster that holds them.
     async fn wait_for_start(
         &self,
         record: &JobRecord,
         (worker, window_bytes): (&WorkerRef, u64),
-        mut roster: Roster,
+        roster: &Roster,
         lease: Duration,
         patience: &mut Patience,
-    ) -> Result<Roster, Error> {
-        let mut beaten = Instant::now();
-        while !roster.started {
-            let here = roster.members.len();
-            let text = format!(
-                "{here} of {} workers are there; ranks: {:?}",
-                record.spec.workers,
-                roster.members.iter().map(|member| member.rank).collect::<Vec<_>>()
-            );
+    ) -> Result<Epoch, Error> {
+        if roster.started {
+            return Ok(roster.epoch);
+        }
+        let (mut beaten, mut read) = (Instant::now(), Instant::now());
+        // An entry has about 50 bytes, so that all founding members together read 50 MB a second at most. Where they are
+        // thousands it is the answer to a heartbeat that tells.
+        let read_every = Duration::from_micros(1) * record.spec.workers.saturating_mul(record.spec.workers);
+        let mut text = format!("there must be {}", record.spec.workers);
+        loop {
             patience.wait("the other workers", &text).await?;
             if beaten.elapsed() >= lease / 8 {
-                self.keep_alive(worker, window_bytes).await?;
+                let epoch = self.keep_alive(worker, window_bytes).await?;
+                if epoch > 0 {
+                    return Ok(epoch);
+                }
                 beaten = Instant::now();
             }
+            if read.elapsed() < read_every {
+                continue;
+            }
+            read = Instant::now();
             match self
                 .ask_as(Some((worker, window_bytes)), &ApiRequest::GetJob(record.spec.key.clone()), patience)
                 .await?
@@ -442,20 +451,27 @@ impl Client {
                     let text = format!("this life of job {} is over: open the job again", record.spec.key);
                     return Err(WireError::new(ErrorCode::Gone, text).into());
                 }
-                ApiReply::Job(newer, newest) => {
+                ApiReply::Job(newer, roster) => {
                     if let Some(error) = newer.state.end(&record.spec.key) {
                         return Err(error.into());
                     }
-                    roster = newest;
+                    if roster.started {
+                        return Ok(roster.epoch);
+                    }
+                    text = format!(
+                        "{} of {} workers are there; ranks: {:?}",
+                        roster.members.len(),
+                        record.spec.workers,
+                        roster.members.iter().map(|member| member.rank).collect::<Vec<_>>()
+                    );
                 }
                 other => return Err(unexpected(&other)),
             }
         }
-        Ok(roster)
     }
 
-    /// A heartbeat while joining.
-    async fn keep_alive(&self, worker: &WorkerRef, window_bytes: u64) -> Result<(), Error> {
+    /// A heartbeat while joining; returns the epoch of a roster that holds all founding members, or 0.
+    async fn keep_alive(&self, worker: &WorkerRef, window_bytes: u64) -> Result<Epoch, Error> {
         // It pushes nothing yet, so it needs no window, whatever it is told.
         let beat = ApiRequest::Beat { worker: worker.clone(), window_bytes, active: false };
         let kinds = (Kind::ApiRequest, Kind::ApiReply);
@@ -464,8 +480,9 @@ impl Client {
             request(client, subjects::WORKER_BEAT, kinds, &beat, &[], Duration::from_millis(500)).await;
         match reply {
             Ok((ApiReply::Error(error), _)) if !error.is_retryable() => Err(error.into()),
+            Ok((ApiReply::Beat { roster_epoch, .. }, _)) => Ok(roster_epoch),
             // An unanswered one is repeated soon.
-            _ => Ok(()),
+            _ => Ok(0),
         }
     }
 

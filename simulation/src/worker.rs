@@ -10,8 +10,8 @@ use std::{
 use bytes::Bytes;
 use rand::{RngExt as _, seq::SliceRandom as _};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, ErrorCode, FrameBuilder, GradientHeader, Head, Incarnation, JobRecord,
-    JobSpec, JobState, Kind, NonFinite, OnLoss, Rank, Reject, ResultHeader, Roster, Round, STREAMS_KEY,
+    ApiReply, ApiRequest, Claim, Epoch, ErrorCode, FrameBuilder, GradientHeader, Head, Incarnation,
+    JobRecord, JobSpec, JobState, Kind, NonFinite, OnLoss, Rank, Reject, ResultHeader, Round, STREAMS_KEY,
     ShardIndex, Streams, WireError, WorkerRef, frame, limits, subjects,
 };
 use thalweg_sdk::engine::{Action, Engine, Timing, first_round, held_up, void_after};
@@ -71,7 +71,7 @@ pub(crate) struct Training {
 pub(crate) struct Joined {
     record: JobRecord,
     worker: WorkerRef,
-    roster: Roster,
+    roster_epoch: Epoch,
     window_bytes: u64,
     heads: Vec<Head>,
     round: Round,
@@ -114,10 +114,12 @@ async fn beat(remote: &Remote, worker: &WorkerRef, window_bytes: u64, active: bo
     }
 }
 
-async fn keep_alive(remote: &Remote, worker: &WorkerRef, window_bytes: u64) -> Result<(), WireError> {
+/// The epoch of a roster that holds all founding members, or 0.
+async fn keep_alive(remote: &Remote, worker: &WorkerRef, window_bytes: u64) -> Result<Epoch, WireError> {
     match beat(remote, worker, window_bytes, false).await {
         Some(ApiReply::Error(error)) if !error.is_retryable() => Err(error),
-        _ => Ok(()),
+        Some(ApiReply::Beat { roster_epoch, .. }) => Ok(roster_epoch),
+        _ => Ok(0),
     }
 }
 
@@ -143,7 +145,7 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
     }
     let worker = WorkerRef { key: key.clone(), job: record.incarnation, rank, incarnation: life };
     let id = format!("w{rank}");
-    let (mut roster, window_bytes) = loop {
+    let (roster, window_bytes) = loop {
         let replaces = known.former_life(rank, &id);
         let claim = ApiRequest::Join(Claim { worker: worker.clone(), id: id.clone(), replaces });
         match ask_gateway(&remote, Some((&worker, 0)), &claim).await {
@@ -159,9 +161,17 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
             Err(error) => return Err(error),
         }
     };
-    while !roster.started {
+    let mut roster_epoch = if roster.started { roster.epoch } else { 0 };
+    for waited in 1_u32.. {
+        if roster_epoch > 0 {
+            break;
+        }
         remote.sleep(RETRY_MS).await;
-        keep_alive(&remote, &worker, window_bytes).await?;
+        roster_epoch = keep_alive(&remote, &worker, window_bytes).await?;
+        // Now and then, as the SDK: the heartbeats tell by themselves.
+        if roster_epoch > 0 || !waited.is_multiple_of(4) {
+            continue;
+        }
         match ask_gateway(&remote, Some((&worker, window_bytes)), &ApiRequest::GetJob(key.clone())).await? {
             ApiReply::Job(newer, _) if newer.incarnation != record.incarnation => {
                 return Err(WireError::new(ErrorCode::Gone, "this life of the job is over"));
@@ -170,7 +180,9 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
                 if let Some(error) = newer.state.end(&key) {
                     return Err(error);
                 }
-                roster = newest;
+                if newest.started {
+                    roster_epoch = newest.epoch;
+                }
             }
             other => return Err(unexpected(&other)),
         }
@@ -183,7 +195,7 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
                     break (heads, round);
                 }
                 for (shard, head) in held_up(&heads, from_round) {
-                    let frame = void_after((record.incarnation, life, rank), roster.epoch, shard, head);
+                    let frame = void_after((record.incarnation, life, rank), roster_epoch, shard, head);
                     let partition = record.partition(shard);
                     let subject = subjects::gradient(partition, &key, rank);
                     drop(remote.ask(Ask::Publish(partition, subject, frame)));
@@ -196,7 +208,7 @@ async fn join(remote: Remote, spec: JobSpec, rank: Rank, life: Incarnation) -> R
         keep_alive(&remote, &worker, window_bytes).await?;
     };
     let streams = read_streams(&remote, &record).await.unwrap_or_default();
-    Ok(Joined { record, worker, roster, window_bytes, heads, round, streams })
+    Ok(Joined { record, worker, roster_epoch, window_bytes, heads, round, streams })
 }
 
 impl World {
@@ -285,7 +297,7 @@ impl World {
             Ok(joined) => joined,
             Err(error) => return self.training_ends(index, &error),
         };
-        let Joined { record, worker, roster, window_bytes, heads, round, streams } = joined;
+        let Joined { record, worker, roster_epoch, window_bytes, heads, round, streams } = joined;
         let model_bytes = record.layout.elements * 4 + u64::from(record.layout.shards()) * 256;
         let identity = (record.incarnation, life, worker.rank);
         let now = self.instant();
@@ -295,7 +307,7 @@ impl World {
         }
         let mut engine = Engine::new(timing, identity, heads.clone(), round, model_bytes, now)
             .full_roster(record.spec.quorum.is_none());
-        engine.window(window_bytes / self.window_divisor, roster.epoch, now);
+        engine.window(window_bytes / self.window_divisor, roster_epoch, now);
         engine.heads(&heads, streams, now);
         self.checker.joined(life, &heads);
         self.windows.insert(life, window_bytes);

@@ -156,3 +156,27 @@ async fn a_deadline_fires_while_no_invoker_runs() {
     assert_eq!(partial_files(&service), [""; 0], "nothing is left");
     service.stop().await;
 }
+
+/// Hundreds claim their ranks at the same moment; each counts once, and all see the same bits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crowd_joins_at_once() {
+    const CROWD: u32 = 300;
+    let service = Embedded::start(|config| config.invoker.linger_ms = LINGER_MS).await;
+    let job = training::job("crowd", sgd(), CROWD).order(FoldOrder::Arrival);
+    let mut workers = join_all(&service.client, &job, CROWD).await;
+    let rounds = futures::future::try_join_all(workers.iter_mut().map(training::round)).await;
+    let mut book = Book::new();
+    workers.iter().for_each(|worker| note(&mut book, worker));
+    for (at, counted) in &book {
+        let mut ranks = counted.clone();
+        ranks.sort_unstable();
+        assert_eq!(ranks, (0..CROWD).collect::<Vec<_>>(), "{at:?} (I1)");
+    }
+    let expected = training::replay(&sgd(), &book, 1);
+    for (round, parameters) in rounds.expect("a round") {
+        assert_eq!(round.contributors, CROWD as usize);
+        training::assert_same_bits(&parameters, &expected, "a replay of the ledgers");
+    }
+    drop(workers);
+    service.stop().await;
+}

@@ -329,7 +329,7 @@ impl History {
             self.level(deserted(&self.roster, versions));
             from_round = self.roster.tenure(worker).unwrap().from_round;
         }
-        self.write(confirm(&self.roster, worker).unwrap());
+        self.write(confirm(&self.roster, &[worker]).unwrap());
         // The same claim again, its answer lost: nothing changes, whatever has been closed since.
         let again = claim(&self.record, &self.roster, &claim_of(rank, &id, worker), self.versions()).unwrap();
         assert!(again.confirmed && again.roster.is_none() && again.from_round == from_round);

@@ -252,12 +252,18 @@ fn refusal(job: &Job, header: &GradientHeader, subject_partition: u16, partition
         let text = format!("rank {} of job {key} is not held by this worker: join again", header.rank);
         return Some(WireError::new(ErrorCode::LeaseLost, text));
     };
+    let first = job.record.first_version() + 1;
+    if header.round < first {
+        let text = format!("there is no round {} of job {key}: its first is {first}", header.round);
+        return Some(WireError::new(ErrorCode::RoundAhead, text));
+    }
     if header.round < tenure.from_round {
+        // It was told to begin there by a roster that has lost it since; then a claim came late that it had made twice.
         let text = format!(
-            "rank {} counts from round {} on, not in {}",
+            "rank {} of job {key} counts from round {} on, not in {}: it was given up, and taken again: join again",
             header.rank, tenure.from_round, header.round
         );
-        return Some(WireError::new(ErrorCode::RoundAhead, text));
+        return Some(WireError::new(ErrorCode::LeaseLost, text));
     }
     if !tenure.counts_in(header.round) {
         let text =
