@@ -65,9 +65,10 @@ simulate: ## play SEEDS seeds of the simulation (default 10000)
 	$(CARGO) run --release --package thalweg-simulation -- --seeds $(SEEDS)
 
 .PHONY: bench
-bench: release ## measure all-reduce against raw NATS, the store, and what joining, snapshots and idle jobs cost
+bench: release ## measure all-reduce against raw NATS, the store, a round of 10,000, joining, snapshots and idle jobs
 	@$(WITH_NATS) "$(THALWEG)" bench allreduce --workers 4 --mib 64 --rounds 20 --vs raw --json
 	@$(WITH_NATS) "$(THALWEG)" bench store --json
+	@$(WITH_NATS) "$(THALWEG)" bench contributors --json
 	@$(WITH_NATS) "$(THALWEG)" bench service --snapshot-mib 256 --json
 
 .PHONY: clean

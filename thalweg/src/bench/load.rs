@@ -31,7 +31,7 @@ impl Function {
 }
 
 /// An odd number in -127..=127, scrambled so that no shift or swap of elements or rounds goes unseen.
-fn base(element: u32, round: u32) -> f32 {
+pub(super) fn base(element: u32, round: u32) -> f32 {
     let seed = element.wrapping_add(round.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
     let scrambled = (seed ^ (seed >> 15)).wrapping_mul(0xc2b2_ae35);
     f32::from((scrambled >> 24) as u8 as i8 | 1)

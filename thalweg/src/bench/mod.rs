@@ -2,6 +2,7 @@
 
 mod allreduce;
 mod backlog;
+mod contributors;
 mod crew;
 mod load;
 mod raw;
@@ -29,6 +30,8 @@ enum What {
     Allreduce(allreduce::Args),
     /// A model far larger than an invoker's memory, with a straggler
     Backlog(backlog::Args),
+    /// One round of thousands of contributors
+    Contributors(contributors::Args),
     /// What joining, snapshots and idle jobs cost those who train
     Service(service::Args),
     /// Commits of shards against a bare pwrite and fdatasync of the same bytes
@@ -44,6 +47,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
+        What::Contributors(args) => contributors::run(&args),
         What::Service(args) => service::run(&args),
         What::Store(args) => store::run(&args),
     }
