@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -38,9 +39,15 @@ def test_up_leaves_nothing_behind() -> None:
     service.stop()
 
 
-def test_the_service_ends_with_its_python() -> None:
-    code = "import os, thalweg\nservice = thalweg.up().start()\nprint(service.url, flush=True)\nos.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+def test_the_service_ends_with_its_python(tmp_path: Path) -> None:
+    code = """
+import os, sys, thalweg
+service = thalweg.up(data_dir=sys.argv[1]).start()
+print(service.url, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
     eventually("the service to end", lambda: not listens(done.stdout.strip()))
 
 
@@ -135,8 +142,8 @@ if thalweg.rank() == 1:
     report(float(thalweg.push_pull(numpy.float32([3]))[0]))
 else:
     handle = thalweg.push_pull_async(numpy.float32([1]))
-    print("waiting", flush=True)
     try:
+        print("waiting", flush=True)
         handle.wait()
     except KeyboardInterrupt:
         interrupted = time.time()
@@ -162,7 +169,7 @@ else:
         assert processes[0].stdout.readline() == "interrupted\n"
         processes[1].communicate("\n", timeout=PATIENCE)
         output, _ = processes[0].communicate(timeout=PATIENCE)
-        interrupted, mean = eval(output)
+        interrupted, mean = json.loads(output)
         assert interrupted - sent < 0.5 and mean == 2
     finally:
         for process in processes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 from .errors import ServiceError
-
-_PR_SET_PDEATHSIG = 1
 
 
 def find_binary() -> str:
@@ -73,11 +69,6 @@ def run(arguments: Sequence[str]) -> None:
         environment["THALWEG_NATS_SERVER"] = find_nats_server()
     binary = find_binary()
     os.execve(binary, [binary, *arguments], environment)
-
-
-def _end_with_parent() -> None:
-    """Runs in the child before it becomes the binary: the kernel stops it when the process that wanted it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class up:
@@ -132,14 +123,13 @@ class up:
         environment.pop("THALWEG_URL", None)
         arguments = [f"--set={key}={value}" for key, value in settings.items()]
         self._process = subprocess.Popen(
-            [find_binary(), "up", *arguments],
+            # It ends with its standard input, so with this process, however that ends.
+            [find_binary(), "up", "--with-stdin", *arguments],
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            # Only a thread that lives as long as the process may be the one it depends on.
-            preexec_fn=_end_with_parent if threading.current_thread() is threading.main_thread() else None,
             # Ctrl-C is for the training loop, which then stops this in order.
             start_new_session=True,
         )
@@ -175,6 +165,8 @@ class up:
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
             process.terminate()
             try:
                 process.wait(self._timeout)
@@ -210,8 +202,7 @@ class up:
 
 
 def _url_in(line: str) -> str:
-    record = json.loads(line)
-    return str(record.get("url") or record["fields"]["url"])
+    return str(json.loads(line)["url"])
 
 
 def main() -> None:
