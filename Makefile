@@ -26,6 +26,9 @@ WITH_TEST_NATS = server=$$($(PYTHON) scripts/nats-server.py --version $(TEST_NAT
 
 # Where the Python package is tested; its requirements are pinned.
 PYTHON_ENV = .venv
+# PyTorch is the distribution's, with the distribution's Python and numpy.
+TORCH_ENV = .venv-torch
+SYSTEM_PYTHON ?= /usr/bin/python3
 PYTHON_PACKAGE = sdk/python/python/thalweg
 
 .PHONY: help
@@ -54,10 +57,21 @@ test: build-tested ## run all tests, with fail points, against nats-server 2.15.
 	$(CARGO) test --doc --workspace --features thalweg/failpoints
 	$(MAKE) test-python
 
+.PHONY: deps
+deps: ## install what comes from the distribution (Debian, as root): PyTorch
+	apt-get update --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends python3-torch python3-venv
+
+$(PYTHON_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
 $(PYTHON_ENV)/.made: sdk/python/requirements.txt
-	$(PYTHON) -m venv $(PYTHON_ENV)
-	$(PYTHON_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
-	echo "$(CURDIR)/sdk/python/python" > "$$($(PYTHON_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/thalweg.pth"
+$(TORCH_ENV)/.made: PYTHON_OF_ENV = $(SYSTEM_PYTHON)
+$(TORCH_ENV)/.made: VENV_FLAGS = --system-site-packages
+$(TORCH_ENV)/.made: sdk/python/requirements-torch.txt
+# An environment with its pinned requirements, which finds the package where its sources are.
+%/.made:
+	$(PYTHON_OF_ENV) -m venv $(VENV_FLAGS) $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	echo "$(CURDIR)/sdk/python/python" > "$$($*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/thalweg.pth"
 	touch $@
 
 # The package's sources as they are, with what was just built beside them.
@@ -72,7 +86,15 @@ test-python: python ## run the Python package's tests, and check its types and s
 	cd sdk/python && ../../$(PYTHON_ENV)/bin/mypy python/thalweg
 	cd sdk/python/python && MYPYPATH=. ../../../$(PYTHON_ENV)/bin/python -m mypy.stubtest thalweg._native \
 		--mypy-config-file ../pyproject.toml
-	$(WITH_TEST_NATS) && cd sdk/python && ../../$(PYTHON_ENV)/bin/python -m pytest
+	$(WITH_TEST_NATS) && cd sdk/python && ../../$(PYTHON_ENV)/bin/python -m pytest --ignore tests/test_torch.py
+	@if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then $(MAKE) test-torch; else \
+	echo "SKIPPED: the tests of thalweg.torch, because $(SYSTEM_PYTHON) has no torch (make deps)"; \
+	test -z "$(REQUIRE_TORCH)"; fi
+
+.PHONY: test-torch
+test-torch: $(TORCH_ENV)/.made
+	$(WITH_TEST_NATS) && cd sdk/python && ../../$(TORCH_ENV)/bin/python -m pytest tests/test_torch.py tests/test_rounds.py \
+		--deselect tests/test_rounds.py::test_bfloat16_goes_in_and_out
 
 # Optimised, and with the binary in it; what `pip install` takes.
 .PHONY: wheel

@@ -33,6 +33,8 @@ class Leaf:
     shape: tuple[int, ...]
     #: The tensor itself, as the caller gave it.
     origin: Any
+    #: Whether `values` is the caller's own memory, and no copy of it.
+    shares: bool
 
     def like(self) -> tuple[Array, Any]:
         """Memory for a result of the same kind and shape, and the tensor over it that the caller gets."""
@@ -89,7 +91,8 @@ def leaf(name: str, value: Any) -> Leaf:
         raise BadInputError(f"tensor {name!r} is None: pass zeros if this worker has nothing to add")
     if _is_torch(value):
         values, kind = _of_torch(name, value)
-        return Leaf(values, kind, tuple(value.shape), value)
+        shares = value.device.type == "cpu" and value.is_contiguous()
+        return Leaf(values, kind, tuple(value.shape), value, shares)
     if isinstance(value, (bool, int, float, complex, str)):
         raise BadInputError(f"{name!r} is a {type(value).__name__}, not a tensor: pass numpy.float32(x)")
     try:
@@ -99,15 +102,15 @@ def leaf(name: str, value: Any) -> Leaf:
             f"{name!r} is a {type(value).__name__}, which is no tensor ({error}): pass an array of numpy, or what "
             "has DLPack or the buffer protocol"
         ) from error
-    shape = array.shape
+    shape, shares = array.shape, array.flags.c_contiguous
     array = numpy.ascontiguousarray(array).reshape(shape)
     origin = value if isinstance(value, numpy.ndarray) else array
     if array.dtype == numpy.float32 and array.dtype.isnative:
-        return Leaf(array, "f32", shape, origin)
+        return Leaf(array, "f32", shape, origin, shares)
     if array.dtype == numpy.float16 and array.dtype.isnative:
-        return Leaf(array.view(numpy.uint16), "f16", shape, origin)
+        return Leaf(array.view(numpy.uint16), "f16", shape, origin, shares)
     if array.dtype.name == "bfloat16":
-        return Leaf(array.view(numpy.uint16), "bf16", shape, origin)
+        return Leaf(array.view(numpy.uint16), "bf16", shape, origin, shares)
     raise BadInputError(f"tensor {name!r} is {array.dtype}: {_ADVICE}; pass x.astype(numpy.float32)")
 
 

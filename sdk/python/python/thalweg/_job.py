@@ -241,6 +241,8 @@ class Job:
         self._tensors: dict[str, tuple[int, ...]] = {}
         self._pending: Handle | None = None
         self._interrupted = False
+        # A round is being pushed tensor by tensor.
+        self._split = False
         self._left = False
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -274,8 +276,8 @@ class Job:
         return self._joined().traffic()
 
     def members(self) -> list[int]:
-        """Ranks on the job's roster."""
-        return self._client.members(self.spec.tenant, self.name)
+        """Ranks on the job's roster, in ascending order."""
+        return sorted(self._client.members(self.spec.tenant, self.name))
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
@@ -339,6 +341,45 @@ class Job:
             self._pending = Handle(self, tree, given)
             return self._pending
 
+    def push(self, name: str, tensor: Any) -> None:
+        """The split form: pushes one tensor of a round, as soon as it is there, so that it travels while the others are
+        computed. The round is complete when every tensor was pushed once; then `finish`, and `pull` what is wanted.
+
+        The job has to be joined: by a round before, or with `like` or `initial`.
+
+        Raises:
+            MissingTensorError: the round before lacks a tensor.
+        """
+        value = leaf(name, tensor)
+        with self._lock:
+            self._compare_one(name, value)
+            worker = self._joined() if self._split else self._begin()
+            self._split = True
+            worker.push([(name, value.values, value.kind)])
+
+    def finish(self, timeout: float | None = None) -> Round:
+        """Waits until the round that was pushed by `push` is complete.
+
+        Raises:
+            MissingTensorError: a tensor was not pushed.
+            TimedOutError: it is not complete after `timeout` seconds; call it again.
+        """
+        with self._lock:
+            round = Round(*self._finish(timeout))
+            self._split = False
+        self._tell(round)
+        return round
+
+    def pull(self, name: str, out: Any) -> None:
+        """Copies one tensor's result into `out`, an array or tensor of its shape; once a round, before the next one's
+        first push. Waits for it, if `finish` was not called."""
+        value = leaf(name, out)
+        self._compare_one(name, value)
+        if not value.shares or not value.values.flags.writeable:
+            raise BadInputError(f"tensor {name!r}: results are only copied into writable CPU memory without gaps")
+        with self._lock:
+            self._joined().pull([(name, value.values, value.kind)])
+
     def skip(self) -> Handle:
         """Contributes nothing to this round, so that it need not wait for this worker; the handle gives its result as
         a flat dict of float32 arrays by name.
@@ -361,18 +402,24 @@ class Job:
             flat = self._joined().parameters()
         return {name: values.reshape(shape) for (name, shape), values in zip(self._tensors.items(), flat, strict=True)}
 
-    def set(self, from_round: int | None = None, **settings: float | bool) -> int:
+    def set(self, settings: Settings | None = None, *, from_round: int | None = None, **more: float | bool) -> int:
         """Changes settings of the function, such as `lr=0.01`; gives the first round that uses them.
+
+        Args:
+            settings: By name; more of them as arguments.
+            from_round: Not before this round; None for the next one that nobody can have begun.
 
         Raises:
             RefusedError: the function does not take them, or `from_round` may have begun.
         """
-        change = {"from_round": from_round, "settings": settings}
+        change = {"from_round": from_round, "settings": {**(settings or {}), **more}}
         return self._client.set_settings(self.spec.tenant, self.name, json.dumps(change))[1]
 
-    def set_group(self, index: int, from_round: int | None = None, **settings: float | bool) -> int:
+    def set_group(
+        self, index: int, settings: Settings | None = None, *, from_round: int | None = None, **more: float | bool
+    ) -> int:
         """As `set`, for one of the parameter groups."""
-        change = {"from_round": from_round, "groups": {str(index): settings}}
+        change = {"from_round": from_round, "groups": {str(index): {**(settings or {}), **more}}}
         return self._client.set_settings(self.spec.tenant, self.name, json.dumps(change))[1]
 
     def snapshot(
@@ -425,18 +472,21 @@ class Job:
 
     # What handles ask for.
 
+    def _compare_one(self, name: str, value: Leaf) -> None:
+        if name not in self._tensors:
+            raise UnknownTensorError(
+                f"job {self.name!r} has no tensor {name!r}, only {', '.join(list(self._tensors)[:8])}: the tensors "
+                "of a job stay the same; give another set another name="
+            )
+        if value.shape != self._tensors[name]:
+            raise ShapeError(
+                f"tensor {name!r} of job {self.name!r} has changed from {self._tensors[name]} to {value.shape}: "
+                "shapes stay the same from round to round; give another shape another name="
+            )
+
     def _compare(self, given: Mapping[str, Leaf]) -> None:
         for name, value in given.items():
-            if name not in self._tensors:
-                raise UnknownTensorError(
-                    f"job {self.name!r} has no tensor {name!r}, only {', '.join(list(self._tensors)[:8])}: the tensors "
-                    "of a job stay the same; give another set another name="
-                )
-            if value.shape != self._tensors[name]:
-                raise ShapeError(
-                    f"tensor {name!r} of job {self.name!r} has changed from {self._tensors[name]} to {value.shape}: "
-                    "shapes stay the same from round to round; give another shape another name="
-                )
+            self._compare_one(name, value)
         for name in self._tensors:
             if name not in given:
                 raise ShapeError(f"tensor {name!r} of job {self.name!r} is missing: pass zeros if there is nothing to add")
@@ -449,7 +499,7 @@ class Job:
             # A signal ended a push half-way, and its other half is gone: only another tenure can go on.
             self._log.warning("a push was interrupted: joining again")
             self._joined().leave()
-            self._join({n: Leaf(numpy.empty(0), "f32", shape, None) for n, shape in self._tensors.items()}, {})
+            self._join({n: Leaf(numpy.empty(0), "f32", shape, None, False) for n, shape in self._tensors.items()}, {})
             self._interrupted = False
         worker = self._joined()
         _log.current(self._log)
@@ -465,15 +515,8 @@ class Job:
             if handle._done:
                 return
             worker = self._joined()
-            _log.current(self._log)
             try:
-                told = worker.finish(timeout)
-                if told is None:
-                    raise TimedOutError(
-                        f"round {worker.round()} of job {self.name!r} has no result after {timeout} s"
-                        + (f": the job is paused ({why})" if (why := worker.paused()) else "")
-                        + f": it waits for others of the ranks {self.members()}; wait again, or look at `thalweg job show`"
-                    )
+                told = self._finish(timeout)
                 results = {name: value.like() for name, value in handle._tensors.items()}
                 worker.pull([(n, memory, handle._tensors[n].kind) for n, (memory, _) in results.items()])
             except (TimedOutError, KeyboardInterrupt):
@@ -490,6 +533,19 @@ class Job:
                 self._pending = None
         if handle._round is not None:
             self._tell(handle._round)
+
+    def _finish(self, timeout: float | None) -> tuple[int, int, bool, bool, bool, int, str | None]:
+        worker = self._joined()
+        _log.current(self._log)
+        told = worker.finish(timeout)
+        if told is None:
+            why = worker.paused()
+            raise TimedOutError(
+                f"round {worker.round()} of job {self.name!r} has no result after {timeout} s"
+                + (f": the job is paused ({why})" if why else "")
+                + f": it waits for others of the ranks {self.members()}; wait again, or look at `thalweg job show`"
+            )
+        return told
 
     def _tell(self, round: Round) -> None:
         self.last_round = round

@@ -35,6 +35,8 @@ class _Session:
     pid: int = field(default_factory=os.getpid)
     jobs: dict[str, Job] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    #: Called when this ends, beside leaving the jobs.
+    leaving: list[Callable[[], object]] = field(default_factory=list)
 
 
 _session: _Session | None = None
@@ -345,12 +347,12 @@ def shutdown() -> None:
     session, _session = _session, None
     if session is None or session.pid != os.getpid():
         return
-    for job in session.jobs.values():
+    for leave in [*session.leaving, *(job.leave for job in session.jobs.values())]:
         try:
-            job.leave()
+            leave()
         except Exception as error:
             # The rank falls back with its lease.
-            logger.warning("could not leave job %s: %s", job.name, error)
+            logger.warning("could not leave a job: %s", error)
 
 
 atexit.register(shutdown)

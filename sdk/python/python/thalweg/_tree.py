@@ -14,8 +14,14 @@ from .errors import BadInputError
 ROOT = "value"
 
 
+class Ordered(dict[str, Any]):
+    """A dict whose order counts."""
+
+
 def _children(tree: Any) -> list[tuple[str, Any]] | None:
     """Named children of a node; `None` for a leaf."""
+    if isinstance(tree, Ordered):
+        return list(tree.items())
     if isinstance(tree, Mapping):
         named = [(str(key), child) for key, child in tree.items()]
         return sorted(named, key=lambda pair: pair[0])
