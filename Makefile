@@ -100,6 +100,7 @@ test-torch: $(TORCH_ENV)/.made
 .PHONY: wheel
 wheel: release $(PYTHON_ENV)/.made ## build the wheel of the Python package into target/wheels
 	rm -f $(PYTHON_PACKAGE)/_native.abi3.so $(PYTHON_PACKAGE)/bin/thalweg
+	rm -f $(CARGO_TARGET_DIR)/wheels/thalweg-*.whl
 	install -D --strip $(THALWEG) $(PYTHON_PACKAGE)/bin/thalweg
 	cd sdk/python && ../../$(PYTHON_ENV)/bin/maturin build --release --strip --out $(CARGO_TARGET_DIR)/wheels
 
@@ -127,6 +128,16 @@ bench: release ## measure all-reduce against raw NATS, the store, and what joini
 	@$(WITH_NATS) "$(THALWEG)" bench allreduce --workers 4 --mib 64 --rounds 20 --vs raw --json
 	@$(WITH_NATS) "$(THALWEG)" bench store --json
 	@$(WITH_NATS) "$(THALWEG)" bench service --snapshot-mib 256 --json
+
+# With the wheel as a user installs it: an environment of its own.
+.PHONY: bench-python
+bench-python: wheel ## measure what Python adds to a round of 64 MiB (ARGS=... for more flags)
+	$(CARGO) build --release --package thalweg-sdk --example rounds
+	$(PYTHON) -m venv --clear $(CARGO_TARGET_DIR)/bench-python
+	$(CARGO_TARGET_DIR)/bench-python/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint sdk/python/requirements.txt $(CARGO_TARGET_DIR)/wheels/thalweg-*.whl
+	@$(WITH_NATS) $(CARGO_TARGET_DIR)/bench-python/bin/python sdk/python/benchmarks/overhead.py \
+		--rust $(CARGO_TARGET_DIR)/release/examples/rounds $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built (the fetched nats-server in .tools stays)
