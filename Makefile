@@ -1,5 +1,5 @@
-# Everything here needs a Rust toolchain, Python 3 and make; the tests and the demo also need nats-server, which
-# scripts/nats-server.py finds or fetches. `make verify` is what CI runs.
+# Everything here needs a Rust toolchain, Python 3.11 or later and make; the tests and the demo also need nats-server,
+# which scripts/nats-server.py finds or fetches. `make verify` is what CI runs.
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -24,6 +24,13 @@ WITH_TEST_NATS = server=$$($(PYTHON) scripts/nats-server.py --version $(TEST_NAT
 	oldest=$$(env -u THALWEG_NATS_SERVER $(PYTHON) scripts/nats-server.py --version $(OLDEST_NATS_VERSION)) && \
 	THALWEG_NATS_SERVER="$$server" THALWEG_OLDEST_NATS_SERVER="$$oldest"
 
+# Where the Python package is tested; its requirements are pinned.
+PYTHON_ENV = .venv
+# PyTorch is the distribution's, with the distribution's Python and numpy.
+TORCH_ENV = .venv-torch
+SYSTEM_PYTHON ?= /usr/bin/python3
+PYTHON_PACKAGE = sdk/python/python/thalweg
+
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -36,14 +43,66 @@ release: ## build the thalweg binary, optimised
 demo: release ## train a model on handwritten digits through a local cluster (ARGS=... for more flags)
 	@$(WITH_NATS) "$(THALWEG)" demo $(ARGS)
 
-# The whole-system tests start the thalweg binary, which `cargo test` by itself does not build for another package.
+# The whole-system tests start the thalweg binary, which `cargo test` by itself does not build for another package; the
+# Python package loads its native module. With the features of the tests, so that nothing is built twice.
+.PHONY: build-tested
+build-tested:
+	$(CARGO) build --workspace --features thalweg/failpoints
+
 .PHONY: test
-test: ## run all tests, with fail points, against nats-server 2.15.1 (and the model of it also against 2.11.0)
-	$(CARGO) build --workspace --bins --features thalweg/failpoints
+test: build-tested ## run all tests, with fail points, against nats-server 2.15.1 (and the model of it also against 2.11.0)
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then set -- nextest run; else set -- test --tests; fi; \
 	echo "$(CARGO) $$* --workspace --features thalweg/failpoints"; \
 	$(WITH_TEST_NATS) $(CARGO) "$$@" --workspace --features thalweg/failpoints
 	$(CARGO) test --doc --workspace --features thalweg/failpoints
+	$(MAKE) test-python
+
+.PHONY: deps
+deps: ## install what comes from the distribution (Debian, as root): PyTorch
+	apt-get update --quiet
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends python3-torch python3-venv
+
+$(PYTHON_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
+$(PYTHON_ENV)/.made: sdk/python/requirements.txt
+$(TORCH_ENV)/.made: PYTHON_OF_ENV = $(SYSTEM_PYTHON)
+$(TORCH_ENV)/.made: VENV_FLAGS = --system-site-packages
+$(TORCH_ENV)/.made: sdk/python/requirements-torch.txt
+# An environment with its pinned requirements, which finds the package where its sources are.
+%/.made:
+	$(PYTHON_OF_ENV) -m venv $(VENV_FLAGS) $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	echo "$(CURDIR)/sdk/python/python" > "$$($*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/thalweg.pth"
+	touch $@
+
+# The package's sources as they are, with what was just built beside them.
+.PHONY: python
+python: build-tested $(PYTHON_ENV)/.made ## build the Python package into the environment .venv
+	install -D $(CARGO_TARGET_DIR)/debug/libthalweg_python.so $(PYTHON_PACKAGE)/_native.abi3.so
+	mkdir -p $(PYTHON_PACKAGE)/bin
+	ln -sf $(CARGO_TARGET_DIR)/debug/thalweg $(PYTHON_PACKAGE)/bin/thalweg
+
+.PHONY: test-python
+test-python: python ## run the Python package's tests, and check its types and stubs
+	cd sdk/python && ../../$(PYTHON_ENV)/bin/mypy python/thalweg
+	cd sdk/python/python && MYPYPATH=. ../../../$(PYTHON_ENV)/bin/python -m mypy.stubtest thalweg._native \
+		--mypy-config-file ../pyproject.toml
+	$(WITH_TEST_NATS) env -C sdk/python ../../$(PYTHON_ENV)/bin/python -m pytest --ignore tests/test_torch.py
+	@if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then $(MAKE) test-torch; else \
+	echo "SKIPPED: the tests of thalweg.torch, because $(SYSTEM_PYTHON) has no torch (make deps)"; \
+	test -z "$(REQUIRE_TORCH)"; fi
+
+.PHONY: test-torch
+test-torch: $(TORCH_ENV)/.made
+	$(WITH_TEST_NATS) env -C sdk/python ../../$(TORCH_ENV)/bin/python -m pytest tests/test_torch.py tests/test_rounds.py \
+		--deselect tests/test_rounds.py::test_bfloat16_goes_in_and_out
+
+# Optimised, and with the binary in it; what `pip install` takes.
+.PHONY: wheel
+wheel: release $(PYTHON_ENV)/.made ## build the wheel of the Python package into target/wheels
+	rm -f $(PYTHON_PACKAGE)/_native.abi3.so $(PYTHON_PACKAGE)/bin/thalweg
+	rm -f $(CARGO_TARGET_DIR)/wheels/thalweg-*.whl
+	install -D --strip $(THALWEG) $(PYTHON_PACKAGE)/bin/thalweg
+	cd sdk/python && ../../$(PYTHON_ENV)/bin/maturin build --release --strip --out $(CARGO_TARGET_DIR)/wheels
 
 .PHONY: verify
 verify: cargo-deny ## everything CI checks: lock file, format, lints, tests, docs, dependencies
@@ -70,6 +129,16 @@ bench: release ## measure all-reduce against raw NATS, the store, a round of 10,
 	@$(WITH_NATS) "$(THALWEG)" bench store --json
 	@$(WITH_NATS) "$(THALWEG)" bench contributors --json
 	@$(WITH_NATS) "$(THALWEG)" bench service --snapshot-mib 256 --json
+
+# With the wheel as a user installs it: an environment of its own.
+.PHONY: bench-python
+bench-python: wheel ## measure what Python adds to a round of 64 MiB (ARGS=... for more flags)
+	$(CARGO) build --release --package thalweg-sdk --example rounds
+	$(PYTHON) -m venv --clear $(CARGO_TARGET_DIR)/bench-python
+	$(CARGO_TARGET_DIR)/bench-python/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint sdk/python/requirements.txt $(CARGO_TARGET_DIR)/wheels/thalweg-*.whl
+	@$(WITH_NATS) $(CARGO_TARGET_DIR)/bench-python/bin/python sdk/python/benchmarks/overhead.py \
+		--rust $(CARGO_TARGET_DIR)/release/examples/rounds $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built (the fetched nats-server in .tools stays)

@@ -25,6 +25,7 @@
 mod admin;
 mod client;
 mod driver;
+mod element;
 pub mod engine;
 mod error;
 mod job;
@@ -33,6 +34,7 @@ mod stream;
 mod worker;
 
 pub use client::{Client, JoinOptions};
+pub use element::Element;
 pub use error::Error;
 pub use job::Job;
 pub use snapshot::{RestoreOptions, Snapshot, SnapshotOptions, model_of};

@@ -15,7 +15,7 @@ use thalweg_protocol::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Client, Error,
+    Client, Element, Error,
     driver::{Shared, fetch, lock},
 };
 
@@ -187,8 +187,7 @@ impl Worker {
         let non_finite = self.record.spec.non_finite == NonFinite::Void
             && gradients.iter().any(|(_, values)| values.iter().any(|value| !value.is_finite()));
         if non_finite {
-            self.begin_round().await?;
-            self.push_void()?;
+            self.push_void().await?;
         } else {
             for (name, values) in gradients {
                 self.push(name, values).await?;
@@ -208,15 +207,23 @@ impl Worker {
     /// # Errors
     /// As [`Worker::push_pull`]; [`Error::AlreadyPushed`] when a tensor of this round was pushed.
     pub async fn skip(&mut self) -> Result<Round, Error> {
-        self.begin_round().await?;
-        self.push_void()?;
+        self.push_void().await?;
         self.finish().await
     }
 
-    fn push_void(&mut self) -> Result<(), Error> {
-        if let Some(tensor) = self.pushed.iter().position(|pushed| *pushed) {
+    /// Contributes nothing to this round, as [`Worker::skip`] does, and does not wait for its end: as
+    /// [`Worker::push`] of every tensor.
+    ///
+    /// # Errors
+    /// As [`Worker::skip`].
+    pub async fn push_void(&mut self) -> Result<(), Error> {
+        // Before waiting: a round that lacks tensors would never end.
+        if let Some(tensor) = self.pushed.iter().position(|pushed| *pushed)
+            && !self.pushed.iter().all(|pushed| *pushed)
+        {
             return Err(Error::AlreadyPushed(self.record.spec.tensors[tensor].name.clone()));
         }
+        self.begin_round().await?;
         self.pushed.fill(true);
         for shard in 0..self.record.layout.shards() {
             let Some(frame) = self.frame(shard, true) else { continue };
@@ -235,7 +242,7 @@ impl Worker {
     ///
     /// # Errors
     /// As [`Worker::push_pull`]; [`Error::NeverEnds`] when the round before lacks a tensor.
-    pub async fn push(&mut self, name: &str, values: &[f32]) -> Result<(), Error> {
+    pub async fn push<T: Element>(&mut self, name: &str, values: &[T]) -> Result<(), Error> {
         let tensor = self.check_tensor(name, values.len())?;
         if self.pushed[tensor] {
             if let Some(missing) = self.pushed.iter().position(|pushed| !pushed) {
@@ -262,7 +269,7 @@ impl Worker {
             let offset = (start - bounds.start) as usize * 4;
             let target = &mut frame.payload_mut()[offset..offset + source.len() * 4];
             for (bytes, value) in target.as_chunks_mut::<4>().0.iter_mut().zip(source) {
-                *bytes = value.to_le_bytes();
+                *bytes = value.to_f32().to_le_bytes();
             }
             *missing -= source.len();
             if *missing == 0
@@ -314,7 +321,7 @@ impl Worker {
     ///
     /// # Errors
     /// As [`Worker::push_pull`]; [`Error::NeverEnds`] names a tensor that has to be pushed before.
-    pub async fn pull(&mut self, name: &str, values: &mut [f32]) -> Result<(), Error> {
+    pub async fn pull<T: Element>(&mut self, name: &str, values: &mut [T]) -> Result<(), Error> {
         let tensor = self.check_tensor(name, values.len())?;
         if self.pulled[tensor] {
             return Err(Error::AlreadyPulled(name.to_owned()));
@@ -331,7 +338,7 @@ impl Worker {
             let source = &result.values[offset..offset + (end - start) as usize * 4];
             let target = &mut values[(start - range.start) as usize..(end - range.start) as usize];
             for (value, bytes) in target.iter_mut().zip(source.as_chunks::<4>().0) {
-                *value = f32::from_le_bytes(*bytes);
+                *value = T::from_f32(f32::from_le_bytes(*bytes));
             }
             let left = self.unpulled.entry(shard).or_insert_with(|| tensors_in(&self.starts, &bounds));
             *left -= 1;

@@ -369,3 +369,24 @@ async fn everybody_may_leave_and_come_back_later() {
     finish(tasks.collect(), book, end).await;
     service.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn halves_are_pushed_and_pulled_and_a_round_half_pushed_is_not_void() {
+    use half::{bf16, f16};
+    let service = Embedded::start(|_| {}).await;
+    let job =
+        thalweg_sdk::Job::new("halves").expect("a name").tensor("a", [2]).tensor("b", [1]).function("sum");
+    let mut worker = service.client.join(job, 0).await.expect("joined");
+    worker.push("a", &[f16::from_f32(0.1), f16::MAX]).await.expect("pushed");
+    // It says so at once, instead of waiting for an end that cannot come.
+    let refused = tokio::time::timeout(Duration::from_secs(5), worker.skip()).await.expect("at once");
+    assert!(matches!(refused, Err(Error::AlreadyPushed(tensor)) if tensor == "a"));
+    worker.push("b", &[bf16::from_f32(1.0 / 3.0)]).await.expect("pushed");
+    let (mut wide, mut narrow) = ([0.0_f32; 2], [f16::ZERO]);
+    worker.pull("a", &mut wide).await.expect("pulled");
+    worker.pull("b", &mut narrow).await.expect("pulled");
+    assert_eq!(wide, [f16::from_f32(0.1).to_f32(), 65504.0], "a half is a float32 as it is");
+    assert_eq!(narrow, [f16::from_f32(bf16::from_f32(1.0 / 3.0).to_f32())], "rounded once, on the way out");
+    worker.leave().await.expect("left");
+    service.stop().await;
+}

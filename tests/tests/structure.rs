@@ -6,7 +6,7 @@ use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Edges among our crates, as ARCHITECTURE.md draws them.
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-    let edges: [(&str, &[&str]); 12] = [
+    let edges: [(&str, &[&str]); 13] = [
         ("thalweg-protocol", &[]),
         ("thalweg-functions", &["thalweg-protocol"]),
         ("thalweg-broker", &["thalweg-protocol"]),
@@ -15,6 +15,7 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("thalweg-gateway", &["thalweg-protocol", "thalweg-broker", "thalweg-functions", "thalweg-store"]),
         ("thalweg-autoscaler", &["thalweg-protocol", "thalweg-broker"]),
         ("thalweg-sdk", &["thalweg-protocol", "thalweg-broker"]),
+        ("thalweg-python", &["thalweg-sdk"]),
         ("thalweg-telemetry", &[]),
         ("thalweg", &["*"]),
         ("thalweg-simulation", &["*"]),

@@ -23,7 +23,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Everything on this machine: nats-server, gateway, store, autoscaler and invokers
-    Up(Common),
+    Up(UpArgs),
     /// Jobs, rosters and windows, for the SDK over NATS and for people over HTTP
     Gateway(Common),
     /// Shard state on this machine's disk
@@ -94,6 +94,15 @@ pub struct Common {
     /// Print the configuration that would be used, as TOML, and stop
     #[arg(long)]
     dump_config: bool,
+}
+
+#[derive(Debug, Args)]
+struct UpArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Stop when standard input ends: with the program that started this, however that ends
+    #[arg(long)]
+    with_stdin: bool,
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +181,7 @@ impl Cli {
     /// With the whole story, for people.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
-            Command::Up(common) => {
+            Command::Up(UpArgs { common, with_stdin }) => {
                 anyhow::ensure!(
                     common.nats_url.is_none(),
                     "`thalweg up` runs a NATS server of its own, so --nats-url (or THALWEG_URL) has no effect here: \
@@ -180,7 +189,7 @@ impl Cli {
                      one is embedded.port"
                 );
                 let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
-                runtime()?.block_on(up::main(config, loader))
+                runtime()?.block_on(up::main(config, loader, with_stdin))
             }
             Command::Gateway(common) => {
                 let Some((config, loader)) = common.load(&[])? else { return Ok(()) };

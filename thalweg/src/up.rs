@@ -21,13 +21,22 @@ use crate::{
 /// How often the broker is looked after.
 const WATCH_BROKER: Duration = Duration::from_millis(200);
 
-/// `thalweg up`: runs until a signal.
+/// `thalweg up`: runs until a signal, and with `with_stdin` also no longer than standard input lasts.
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn main(config: Config, loader: Loader) -> anyhow::Result<()> {
+pub async fn main(config: Config, loader: Loader, with_stdin: bool) -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     thalweg_telemetry::shutdown::signals(shutdown.clone())?;
+    if with_stdin {
+        let shutdown = shutdown.clone();
+        // A thread of its own, which nothing waits for: a read of standard input cannot be cancelled.
+        std::thread::spawn(move || {
+            // An input that cannot be read has ended.
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            shutdown.cancel();
+        });
+    }
     let live = Live::new(&config);
     // All but [nats]: its address is that of the embedded one.
     let sections = &["streams", "gateway", "store", "invoker", "autoscaler", "embedded", "admin", "log"];
