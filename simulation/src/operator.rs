@@ -27,7 +27,7 @@ impl World {
         let job = self.fault_rng.random_range(0..self.specs.len());
         let for_ms = self.fault_rng.random_range(50..3000);
         let (key, remote) = (self.specs[job].key.clone(), self.remote(Actor::Operator));
-        let first = !std::mem::replace(&mut self.paused_once, true);
+        let first = self.paused.insert(job);
         self.spawn(Actor::Operator, async move {
             let pause = ApiRequest::Control(key.clone(), JobCommand::Pause("a pause".to_owned()));
             let _ = ask_gateway(&remote, None, &pause).await;

@@ -100,8 +100,8 @@ pub(crate) enum Done {
 }
 
 pub(crate) struct World {
-    /// Some job was paused at some time.
-    pub(crate) paused_once: bool,
+    /// Jobs that were paused at some time.
+    pub(crate) paused: BTreeSet<usize>,
     pub(crate) rng: StdRng,
     /// Faults are drawn from numbers of their own, so that one can be left out without changing the others.
     pub(crate) fault_rng: StdRng,
@@ -240,7 +240,7 @@ impl World {
             checker: Checker::default(),
             faults_until,
             faults: 0,
-            paused_once: false,
+            paused: BTreeSet::new(),
             skip: options.skip.iter().copied().collect(),
             struck: Vec::new(),
             deleting: None,
