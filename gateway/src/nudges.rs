@@ -11,13 +11,14 @@ use std::{
 
 use thalweg_broker::Queues;
 use thalweg_protocol::{
-    Epoch, Incarnation, JobRecord, Kind, Nudge, OpenRound, Roster, ShardIndex, Version, frame, limits,
-    subjects,
+    Epoch, Incarnation, JobRecord, Kind, Nudge, OpenRound, Roster, ShardIndex, StoreId, Version, frame,
+    limits, subjects,
 };
+use thalweg_store::{ShardStore, StoreError};
 
 use crate::{metrics, service::Gateway};
 
-/// Open rounds looked at in one sweep.
+/// Open rounds of one store looked at in one sweep; the next one goes on behind them.
 const MOST_ROUNDS: usize = 16 * limits::MAX_OPEN_ROUNDS as usize;
 
 /// Tells the time of day, milliseconds since the Unix epoch. The simulation has its own.
@@ -45,8 +46,44 @@ pub(crate) struct Given {
     again: u64,
 }
 
+/// A shard of a job, in the order in which stores tell of them.
+type At = (Incarnation, ShardIndex);
+
 /// The shards that were nudged.
-pub(crate) type Nudged = BTreeMap<(Incarnation, ShardIndex), Given>;
+pub(crate) type Nudged = BTreeMap<At, Given>;
+
+/// Where the next sweep goes on, of stores that have more open rounds than one looks at.
+pub(crate) type Bookmarks = BTreeMap<StoreId, At>;
+
+/// What one sweep saw of a store: all open rounds behind `from` up to `to`; `None` for the beginning and the end.
+struct Look {
+    open: Vec<OpenRound>,
+    from: Option<At>,
+    to: Option<At>,
+}
+
+impl Look {
+    async fn at(store: &dyn ShardStore, from: Option<At>, most: usize) -> Result<Self, StoreError> {
+        let (mut open, mut to) = (Vec::new(), from);
+        loop {
+            let page = store.open_rounds(to, limits::MAX_OPEN_ROUNDS).await?;
+            let last = page.len() < limits::MAX_OPEN_ROUNDS as usize;
+            to = page.last().map_or(to, |round| Some((round.job, round.shard)));
+            open.extend(page);
+            if last {
+                return Ok(Self { open, from, to: None });
+            }
+            if open.len() >= most {
+                return Ok(Self { open, from, to });
+            }
+        }
+    }
+
+    /// Whether a round of this shard is not open, if it is not among those that were seen.
+    fn covers(&self, at: &At) -> bool {
+        self.from.is_none_or(|from| *at > from) && self.to.is_none_or(|to| *at <= to)
+    }
+}
 
 impl Given {
     /// The nudge to give now, if any.
@@ -84,27 +121,25 @@ impl Gateway {
         let stores: BTreeSet<_> = jobs.values().map(|(record, _)| record.store).collect();
         let mut open = Vec::new();
         for id in stores {
-            let store = (self.jobs.stores)(id);
-            let mut after = None;
-            loop {
-                let page = match store.open_rounds(after, limits::MAX_OPEN_ROUNDS).await {
-                    Ok(page) => page,
-                    // Nudges may come late; the next sweep asks again.
-                    Err(error) => return tracing::debug!(%error, "open rounds not read"),
-                };
-                let last = page.len() < limits::MAX_OPEN_ROUNDS as usize;
-                after = page.last().map(|round| (round.job, round.shard));
-                open.extend(page);
-                if last || open.len() >= MOST_ROUNDS {
-                    break;
-                }
-            }
+            let from = self.shared().bookmarks.remove(&id);
+            let look = match Look::at(&*(self.jobs.stores)(id), from, MOST_ROUNDS).await {
+                Ok(look) => look,
+                // Nudges may come late; the next sweep asks again.
+                Err(error) => return tracing::debug!(%error, "open rounds not read"),
+            };
+            let there: BTreeSet<_> = look.open.iter().map(|round| (round.job, round.shard)).collect();
+            let mut shared = self.shared();
+            shared.bookmarks.extend(look.to.map(|to| (id, to)));
+            shared.nudged.retain(|at, _| match jobs.get(&at.0) {
+                Some((record, _)) => record.store != id || !look.covers(at) || there.contains(at),
+                None => false,
+            });
+            drop(shared);
+            open.extend(look.open);
         }
         metrics::open_rounds(open.len());
         let now = (self.wall_clock)();
         let mut nudged = std::mem::take(&mut self.shared().nudged);
-        let there: BTreeSet<_> = open.iter().map(|round| (round.job, round.shard)).collect();
-        nudged.retain(|key, _| there.contains(key));
         for round in open {
             let Some((record, roster)) = jobs.get(&round.job) else { continue };
             let at = (round.job, round.shard);
@@ -132,8 +167,8 @@ impl Gateway {
 #[cfg(test)]
 mod tests {
     use thalweg_protocol::{
-        Durability, FunctionSpec, Head, Init, JobKey, JobSpec, JobState, Layout, Life, Mode, NonFinite,
-        Policy, StateId, StoreId, TensorSpec,
+        Durability, FunctionSpec, Head, Init, JobKey, JobSpec, JobState, Layout, Ledger, Life, Mode,
+        NonFinite, Partial, PartialCommit, Policy, StateId, StoreJob, TensorSpec,
     };
 
     use super::*;
@@ -201,5 +236,45 @@ mod tests {
         let mut paused = record(Some(2));
         paused.life.paused = Some("looking".to_owned());
         assert!(reason(&open(2, 4), &paused, &roster(5), 10_500).is_none(), "nothing closes while paused");
+    }
+
+    /// However many rounds are open, and none of them due, each is looked at.
+    #[tokio::test]
+    async fn a_look_goes_on_where_the_one_before_ended() {
+        const SHARDS: u32 = 2 * limits::MAX_OPEN_ROUNDS + 9;
+        let store = thalweg_store::MemoryStore::default();
+        let record = record(None);
+        let job = StoreJob {
+            key: record.spec.key,
+            incarnation: record.incarnation,
+            layout: Layout { elements: u64::from(SHARDS) * 64, shard_elements: 64 },
+            slots: 0,
+            durability: Durability::Process,
+            max_members: 3,
+            init: Init::Zeros,
+            first_version: 0,
+        };
+        store.create(job).await.unwrap();
+        for shard in 0..SHARDS {
+            let expect = store.fetch_head(record.incarnation, shard).await.unwrap().head;
+            let ledger =
+                Ledger { round: 1, roster_epoch: 4, counted: [0].into_iter().collect(), ..Ledger::default() };
+            let partial = Partial { ledger, first: 0, since: 4 };
+            let commit = PartialCommit { job: record.incarnation, shard, expect, partial };
+            store.commit_partial(commit, bytes::Bytes::from_static(&[0; 64])).await.unwrap();
+        }
+        let (mut from, mut seen) = (None, Vec::new());
+        for open in [256, 256, 9] {
+            let look = Look::at(&store, from, 200).await.unwrap();
+            assert_eq!(look.open.len(), open);
+            for shard in 0..SHARDS {
+                let at = (record.incarnation, shard);
+                let looked_at = look.open.iter().any(|round| round.shard == shard);
+                assert_eq!(look.covers(&at), looked_at, "{shard}");
+            }
+            seen.extend(look.open.iter().map(|round| round.shard));
+            from = look.to;
+        }
+        assert!(from.is_none() && seen.into_iter().eq(0..SHARDS), "each once, and then from the beginning");
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     jobs::{Jobs, over},
     leases::Leases,
     metrics,
-    nudges::{Nudged, WallClock},
+    nudges::{Bookmarks, Nudged, WallClock},
     recovery,
     windows::Windows,
 };
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) deserted_since: BTreeMap<JobKey, (Incarnation, Instant)>,
     /// Open rounds that somebody was asked to look at.
     pub(crate) nudged: Nudged,
+    /// Where the next look at them goes on.
+    pub(crate) bookmarks: Bookmarks,
     events: Option<Sink>,
 }
 
@@ -88,6 +90,7 @@ impl Gateway {
             deserted_since: BTreeMap::new(),
             recovering: BTreeSet::new(),
             nudged: Nudged::new(),
+            bookmarks: Bookmarks::new(),
             events: None,
         };
         let wall_clock = Arc::new(|| {
