@@ -388,7 +388,7 @@ def run_example(example: str, *arguments: str, count: int = 4, **environment: st
     ]
     try:
         with ThreadPoolExecutor(count) as pool:
-            outputs = list(pool.map(lambda process: process.communicate(timeout=PATIENCE * 1.5), processes))
+            outputs = list(pool.map(lambda process: process.communicate(timeout=4 * PATIENCE), processes))
     finally:
         for process in processes:
             process.kill()
@@ -404,7 +404,7 @@ def test_ddp_through_thalweg_is_as_through_gloo(service: thalweg.up, name: str, 
     for through in ["thalweg", "gloo"]:
         file = tmp_path / f"{through}.npy"
         meeting = f"file://{tmp_path}/meeting-{through}"
-        options = ["--model", kind, "--through", through, "--steps", "120", "--meet", meeting, "--record", str(file)]
+        options = ["--model", kind, "--through", through, "--steps", "80", "--meet", meeting, "--record", str(file)]
         accuracy[through] = run_example("digits_ddp.py", *options, THALWEG_JOB=name)[-1]["accuracy"]
         recorded[through] = numpy.load(file)
     assert len(recorded["gloo"]) == 20
