@@ -277,3 +277,11 @@ def test_jobs_are_called_by_what_the_environment_says(monkeypatch: pytest.Monkey
     monkeypatch.setenv("THALWEG_JOB", "named")
     thalweg.init()
     assert thalweg.default_job("part").name == "named-part"
+
+
+def test_all_may_leave_at_once(service: thalweg.up, name: str) -> None:
+    for turn in range(5):
+        workers = jobs(f"{name}-{turn}", 4)
+        together(workers, lambda job: job.push_pull(numpy.zeros(1, numpy.float32)))
+        together(workers, lambda job: job.leave())
+    assert not [job for job in thalweg.jobs() if job.startswith(f"{name}-")]

@@ -16,7 +16,15 @@ import numpy
 from . import _log, _native, _tree
 from ._arrays import Array, Leaf, leaf
 from ._progress import bar
-from .errors import BadInputError, ForkedError, LeftError, ShapeError, TimedOutError, UnknownTensorError
+from .errors import (
+    BadInputError,
+    ForkedError,
+    LeftError,
+    RefusedError,
+    ShapeError,
+    TimedOutError,
+    UnknownTensorError,
+)
 
 Settings = Mapping[str, float | bool]
 Tree = Any
@@ -460,9 +468,15 @@ class Job:
         self._left = True
         if self._worker is not None:
             self._worker.leave()
-            if self.spec.function in REDUCTIONS and not self.members():
-                self._client.delete(self.spec.tenant, self.name)
             self._log.info("left")
+            if self.spec.function in REDUCTIONS:
+                try:
+                    if not self.members():
+                        self._client.delete(self.spec.tenant, self.name)
+                except RefusedError as error:
+                    # Another one that left just now has removed it.
+                    if error.code not in ("unknown_job", "gone"):
+                        raise
 
     def __enter__(self) -> Job:
         return self
