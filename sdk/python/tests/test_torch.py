@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed here: `mak
 
 import thalweg  # noqa: E402
 import thalweg.torch  # noqa: E402
-from conftest import PATIENCE, eventually, run_workers, together  # noqa: E402
+from conftest import PATIENCE, Workers, eventually, run_workers, together  # noqa: E402
 from thalweg import errors  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -307,6 +307,46 @@ def test_a_server_side_optimizer_wants_all_gradients(service: thalweg.up, name: 
         optimizer.step()
 
 
+ELASTIC = """
+import time
+# Who joins later has another model and another learning rate, until it is told.
+net = model(seed=rank // 3)
+optimizer = torch.optim.AdamW(net.parameters(), lr=0.01 if rank < 3 else 5.0)
+optimizer = thalweg.torch.DistributedOptimizer(optimizer, net.named_parameters(), elastic=True)
+if rank > 2:
+    assert optimizer.param_groups[0]["lr"] == 0.01 and len(optimizer.state) == 4
+# All end together: 40 rounds after the one in which the other one came, which for that one was the one before its first.
+done, end, fewest = 0, None, 3
+while end is None or done < end:
+    optimizer.zero_grad()
+    loss(net, rank, done).backward()
+    optimizer.step()
+    done = optimizer.job.last_round.number
+    fewest = min(fewest, optimizer.contributors)
+    if end is None and (rank == 3 or fewest < optimizer.contributors):
+        end = done + (39 if rank == 3 else 40)
+    print(json.dumps([done, optimizer.contributors]), flush=True)
+    time.sleep(0.02)
+report([parameters(net).tolist(), [float(s["step"]) - done for s in optimizer.state.values()]])
+"""
+
+
+def test_who_joins_later_is_given_everything_by_a_member(name: str) -> None:
+    with thalweg.up(settings={"gateway.worker_lease_ms": 2000}):
+        with Workers(3, PRELUDE + ELASTIC, name, str(Path(__file__).parent)) as workers:
+            first = workers.processes[0].stdout
+            assert first is not None
+            eventually("a few rounds", lambda: json.loads(first.readline()) == [10, 3])
+            workers.processes[2].kill()
+            eventually("two to go on", lambda: json.loads(first.readline())[1] == 2)
+            workers.start(3)
+            eventually("the other one to take part", lambda: json.loads(first.readline())[1] == 3)
+            one, two, _, joined = workers.results(but=2)
+    assert one == two == joined
+    # Who came later has counted the steps before it, and not the one in which it came.
+    assert one[1] == [0.0] * 4
+
+
 # Few rounds.
 
 
@@ -431,7 +471,7 @@ def test_a_transformer_learns_with_few_rounds(service: thalweg.up, name: str) ->
 def test_one_worker_dies_and_another_joins(name: str) -> None:
     def start(rank: int) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(EXAMPLES / "digits_server.py"), "--rounds", "120", "--pace", "0.02"],
+            [sys.executable, str(EXAMPLES / "digits_server.py"), "--rounds", "500", "--pace", "0.02"],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "4", "THALWEG_JOB": name, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,

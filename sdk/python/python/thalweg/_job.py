@@ -287,6 +287,11 @@ class Job:
         """Ranks on the job's roster, in ascending order."""
         return sorted(self._client.members(self.spec.tenant, self.name))
 
+    def counted(self) -> list[int]:
+        """Ranks that the last round counts on all shards, in ascending order; after `finish` or a handle's `wait`, and
+        before the next push."""
+        return self._joined().counted()
+
     def _check(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError(
