@@ -196,12 +196,12 @@ for step in range(3):
     if all(p.grad.isfinite().all() for p in net.parameters()):
         optimizer.step()
     else:
+        # As GradScaler does: nothing else is called.
         skipped.append(step)
-        optimizer.skip()
-report([skipped, parameters(net).tolist()])
+report([skipped, optimizer.job.last_round.number, parameters(net).tolist()])
 """
     one, two = workers(2, name, code)
-    assert one == two and one[0] == [1] and all(numpy.isfinite(one[1]))
+    assert one == two and one[:2] == [[1], 3] and all(numpy.isfinite(one[2]))
 
 
 def test_gradients_that_only_some_have_are_told_to_all(service: thalweg.up, name: str) -> None:
@@ -320,14 +320,17 @@ done, end, fewest = 0, None, 3
 while end is None or done < end:
     optimizer.zero_grad()
     loss(net, rank, done).backward()
-    optimizer.step()
+    optimizer.synchronize()
     done = optimizer.job.last_round.number
+    # Steps that are given up are as good a time to come as any.
+    if done % 3:
+        optimizer.step()
     fewest = min(fewest, optimizer.contributors)
     if end is None and (rank == 3 or fewest < optimizer.contributors):
         end = done + (39 if rank == 3 else 40)
     print(json.dumps([done, optimizer.contributors]), flush=True)
     time.sleep(0.02)
-report([parameters(net).tolist(), [float(s["step"]) - done for s in optimizer.state.values()]])
+report([parameters(net).tolist(), [float(s["step"]) - (done - done // 3) for s in optimizer.state.values()]])
 """
 
 
@@ -343,7 +346,7 @@ def test_who_joins_later_is_given_everything_by_a_member(name: str) -> None:
             eventually("the other one to take part", lambda: json.loads(first.readline())[1] == 3)
             one, two, _, joined = workers.results(but=2)
     assert one == two == joined
-    # Who came later has counted the steps before it, and not the one in which it came.
+    # Who came later has the steps before it, too.
     assert one[1] == [0.0] * 4
 
 

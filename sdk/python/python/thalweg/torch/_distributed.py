@@ -42,13 +42,17 @@ class _Distributed:
 
     def synchronize(self) -> None:
         """Waits until `grad` of every parameter is that of all workers: for what looks at gradients before `step`, as
-        clipping by the global norm does, or GradScaler's `unscale_`. `step` does not repeat it.
+        clipping by the global norm does, or GradScaler's `unscale_`. `step` does not repeat it, and need not follow: the
+        next backward pass begins another round.
 
         Raises:
             MissingGradientError: some workers have a gradient for a parameter and others have none.
         """
         if self._synchronized:
             return
+        if self._elastic is not None:
+            # The step before was given up.
+            self._elastic.welcome(self)
         # The last one is for the worker itself: who has just arrived pushes zeros.
         present = numpy.ones(len(self._parameters) + 1, numpy.float32)
         places = {name: place for place, name in enumerate(self._parameters)}
@@ -61,6 +65,8 @@ class _Distributed:
                 self._gradients.push(name, parameter.grad)
         self._job.push(_PRESENT, present)
         round = self._job.finish()
+        if self._elastic is not None:
+            self._elastic.note(round)
         self._job.pull(_PRESENT, present)
         shares = present[:-1] / present[-1]
         for (name, parameter), share in zip(self._parameters.items(), shares, strict=True):
@@ -93,10 +99,6 @@ class _Distributed:
         if self._elastic is not None:
             self._elastic.welcome(self)
         return None if closure is None else loss
-
-    def skip(self) -> None:
-        """Gives the synchronized gradients up, without a step: because they are not finite, say."""
-        self._synchronized = False
 
     def no_sync(self) -> Any:
         """Backward passes in it only accumulate, as that of DDP; the next one outside pushes the sum."""
@@ -175,5 +177,11 @@ def DistributedOptimizer(
     optimizer._elastic = Elastic(job, session.client, parameters) if elastic else None
     if optimizer._elastic is not None:
         optimizer._elastic.arrive(optimizer)
-    optimizer._gradients = Gradients(parameters, job.push, backward_passes_per_step)
+
+    def push(key: str, gradient: Any) -> None:
+        # Also after gradients that were synchronized and then given up, because they were not finite, say.
+        optimizer._synchronized = False
+        job.push(key, gradient)
+
+    optimizer._gradients = Gradients(parameters, push, backward_passes_per_step)
     return optimizer

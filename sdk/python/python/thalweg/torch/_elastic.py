@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from .. import _native
-from .._job import Job, job_name
+from .._job import Job, Round, job_name
 from .._session import OBJECT_BYTES, _carried
 from .._tree import Ordered
 from ..errors import BadInputError, ThalwegError
@@ -38,6 +38,8 @@ class Elastic:
         self._client = client
         self._parameters = parameters
         self._known: set[int] = set()
+        # Round with new workers, and whether this worker is the one that gives.
+        self._owed: tuple[int, bool] | None = None
         # Now, and not when somebody joins, if the name leaves no room for those of the meetings.
         job_name(job.name, f"{10**12}-state")
 
@@ -53,15 +55,19 @@ class Elastic:
         self._known = set(self._job.counted())
         self._meet(optimizer, number, gives=False, arrives=True)
 
-    def welcome(self, optimizer: Any) -> None:
-        """As a member, after a step: gives everything to those that are new in its round, if there are any."""
+    def note(self, round: Round) -> None:
+        """As a member, after each round: who is in it."""
         counted = set(self._job.counted())
-        new, known = counted - self._known, counted & self._known
-        first, self._known = not self._known, counted
-        if first or not new:
-            return
-        assert self._job.last_round is not None
-        self._meet(optimizer, self._job.last_round.number, gives=self._job.rank == min(known), arrives=False)
+        new, known, self._known = counted - self._known, counted & self._known, counted
+        if new and known:
+            self._owed = (round.number, self._job.rank == min(known))
+
+    def welcome(self, optimizer: Any) -> None:
+        """As a member, when the step of that round was taken, or given up: gives everything to those that are new in
+        it, if there are any."""
+        if self._owed is not None:
+            (number, gives), self._owed = self._owed, None
+            self._meet(optimizer, number, gives, arrives=False)
 
     def _meet(self, optimizer: Any, number: int, gives: bool, arrives: bool) -> None:
         described, tensors = self._describe(optimizer)
