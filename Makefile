@@ -140,6 +140,11 @@ bench-python: wheel ## measure what Python adds to a round of 64 MiB (ARGS=... f
 	@$(WITH_NATS) $(CARGO_TARGET_DIR)/bench-python/bin/python sdk/python/benchmarks/overhead.py \
 		--rust $(CARGO_TARGET_DIR)/release/examples/rounds $(ARGS)
 
+.PHONY: diloco
+diloco: python $(TORCH_ENV)/.made ## compare DiLoCo with synchronous training, which takes hours (ARGS=... for less)
+	@$(WITH_NATS) $(PYTHON_ENV)/bin/python sdk/python/benchmarks/diloco.py --python $(TORCH_ENV)/bin/python \
+		--plot $(CARGO_TARGET_DIR)/diloco.png $(ARGS)
+
 .PHONY: clean
 clean: ## remove what was built (the fetched nats-server in .tools stays)
 	$(CARGO) clean

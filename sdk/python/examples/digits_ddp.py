@@ -3,7 +3,8 @@
     python -m thalweg up                                       # in another terminal
     torchrun --standalone --nproc-per-node 4 examples/digits_ddp.py
 
-`--through gloo` does the same without Thalweg. The three lines that differ from a plain loop are marked.
+torchrun of PyTorch 1.13 does not start under Python 3.11; there, start each worker by itself with `RANK`, `WORLD_SIZE`,
+`MASTER_ADDR` and `MASTER_PORT` set. `--through gloo` does the same without Thalweg. The three lines that differ from a plain loop are marked.
 """
 
 from __future__ import annotations

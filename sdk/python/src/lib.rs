@@ -2,7 +2,7 @@
 //!
 //! It is thin on purpose. What a tree of tensors is, which names tensors have, what a handle is and everything else
 //! that a reader of Python expects stands in the package beside it (`python/thalweg`); here calls are handed to the
-//! SDK, and waited for in a way that Python can live with ([`wait`]).
+//! SDK, and waited for in a way that Python can live with (`wait.rs`).
 
 // What `#[pyclass]` and `#[pyfunction]` make public is a module of Python's; its documentation is `_native.pyi`.
 #![allow(missing_docs, unreachable_pub)]

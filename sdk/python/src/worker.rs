@@ -189,6 +189,19 @@ impl Worker {
         })
     }
 
+    /// Ranks that the round that has ended counts on all shards, in ascending order.
+    fn counted(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        self.look(py, |worker| {
+            let mut ledgers = worker.ledgers().into_iter().map(|(_, _, counted)| counted);
+            let mut ranks = ledgers.next().unwrap_or_default();
+            for counted in ledgers {
+                ranks.retain(|rank| counted.contains(rank));
+            }
+            ranks.sort_unstable();
+            ranks
+        })
+    }
+
     /// Pushes tensors: each is copied once, into the messages. With policy `void`, a NaN or an infinity makes the
     /// whole contribution void if all tensors of the job come in one call.
     fn push(&self, py: Python<'_>, items: Vec<Item<'_>>) -> PyResult<()> {

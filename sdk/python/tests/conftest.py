@@ -59,24 +59,32 @@ class Workers:
 
     def __init__(self, count: int, code: str, *arguments: str, **environment: str) -> None:
         prelude = "import json, sys\ndef report(value): print(json.dumps(value), flush=True)\n"
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", prelude + code, *arguments],
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(count)
-        ]
+        self._command = [sys.executable, "-c", prelude + code, *arguments]
+        self._environment = {**os.environ, "WORLD_SIZE": str(count), **environment}
+        self.processes: list[subprocess.Popen[str]] = []
+        for rank in range(count):
+            self.start(rank)
 
-    def results(self) -> list[Any]:
-        """What each has reported last, once all have ended well."""
+    def start(self, rank: int) -> None:
+        """Starts one more."""
+        process = subprocess.Popen(
+            self._command,
+            env={**self._environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+
+    def results(self, but: int | None = None) -> list[Any]:
+        """What each has reported last, once all have ended well, but for one that was killed."""
         with ThreadPoolExecutor(len(self.processes)) as pool:
             outputs = list(pool.map(lambda process: process.communicate(timeout=PATIENCE), self.processes))
-        for process, (_, errors) in zip(self.processes, outputs):
-            assert process.returncode == 0, errors
-        return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+        reported = []
+        for rank, (process, (output, errors)) in enumerate(zip(self.processes, outputs)):
+            assert process.returncode == 0 or rank == but, errors
+            reported.append(json.loads(output.splitlines()[-1]) if rank != but else None)
+        return reported
 
     def __enter__(self) -> Workers:
         return self

@@ -39,6 +39,14 @@ def test_up_leaves_nothing_behind() -> None:
     service.stop()
 
 
+def test_a_service_leaves_connections_to_others_alone(service: thalweg.up, name: str) -> None:
+    thalweg.init(service.url, job=name)
+    thalweg.push_pull(numpy.float32([1]))
+    with thalweg.up() as other, thalweg.Job(name, client=thalweg.connect(other.url)) as job:
+        assert job.push_pull(numpy.float32([2])).tolist() == [2]
+    assert thalweg.push_pull(numpy.float32([3])).tolist() == [3]
+
+
 def test_the_service_ends_with_its_python(tmp_path: Path) -> None:
     code = """
 import os, sys, thalweg

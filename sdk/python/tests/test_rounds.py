@@ -266,3 +266,22 @@ report([
 def test_one_process_may_broadcast_to_itself(service: thalweg.up, name: str) -> None:
     thalweg.init(job=name)
     assert thalweg.broadcast_object([1, None, "x"]) == [1, None, "x"]
+
+
+def test_jobs_are_called_by_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, service: thalweg.up) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "Run.7")
+    thalweg.init()
+    assert (thalweg.default_job().name, thalweg.rank(), thalweg.size()) == ("run-7", 3, 5)
+    monkeypatch.setenv("THALWEG_JOB", "named")
+    thalweg.init()
+    assert thalweg.default_job("part").name == "named-part"
+
+
+def test_all_may_leave_at_once(service: thalweg.up, name: str) -> None:
+    for turn in range(5):
+        workers = jobs(f"{name}-{turn}", 4)
+        together(workers, lambda job: job.push_pull(numpy.zeros(1, numpy.float32)))
+        together(workers, lambda job: job.leave())
+    assert not [job for job in thalweg.jobs() if job.startswith(f"{name}-")]

@@ -16,7 +16,15 @@ import numpy
 from . import _log, _native, _tree
 from ._arrays import Array, Leaf, leaf
 from ._progress import bar
-from .errors import BadInputError, ForkedError, LeftError, ShapeError, TimedOutError, UnknownTensorError
+from .errors import (
+    BadInputError,
+    ForkedError,
+    LeftError,
+    RefusedError,
+    ShapeError,
+    TimedOutError,
+    UnknownTensorError,
+)
 
 Settings = Mapping[str, float | bool]
 Tree = Any
@@ -279,6 +287,11 @@ class Job:
         """Ranks on the job's roster, in ascending order."""
         return sorted(self._client.members(self.spec.tenant, self.name))
 
+    def counted(self) -> list[int]:
+        """Ranks that the last round counts on all shards, in ascending order; after `finish` or a handle's `wait`, and
+        before the next push."""
+        return self._joined().counted()
+
     def _check(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError(
@@ -460,9 +473,15 @@ class Job:
         self._left = True
         if self._worker is not None:
             self._worker.leave()
-            if self.spec.function in REDUCTIONS and not self.members():
-                self._client.delete(self.spec.tenant, self.name)
             self._log.info("left")
+            if self.spec.function in REDUCTIONS:
+                try:
+                    if not self.members():
+                        self._client.delete(self.spec.tenant, self.name)
+                except RefusedError as error:
+                    # Another one that left just now has removed it.
+                    if error.code not in ("unknown_job", "gone"):
+                        raise
 
     def __enter__(self) -> Job:
         return self

@@ -197,7 +197,7 @@ class up:
         from . import _session
 
         # While there is still somebody to give ranks back to.
-        _session.shutdown()
+        _session.shutdown(self.url)
         self.stop()
 
 

@@ -341,17 +341,26 @@ def restore(
         return client().restore(path, tenant, name, None, replace, timeout, tell)
 
 
-def shutdown() -> None:
-    """Leaves all jobs of `init`'s connection. Called by itself when the interpreter ends."""
+def shutdown(url: str | None = None) -> None:
+    """Leaves all jobs of `init`'s connection. Called by itself when the interpreter ends.
+
+    Args:
+        url: Only if the connection is to this one.
+    """
     global _session
+    if url is not None and _session is not None and _session.url != url:
+        return
     session, _session = _session, None
     if session is None or session.pid != os.getpid():
         return
     for leave in [*session.leaving, *(job.leave for job in session.jobs.values())]:
         try:
             leave()
+        except TimedOutError as error:
+            # Nobody is there to hear it of the others either; ranks fall back with their leases.
+            logger.warning("could not leave: %s", error)
+            return
         except Exception as error:
-            # The rank falls back with its lease.
             logger.warning("could not leave a job: %s", error)
 
 

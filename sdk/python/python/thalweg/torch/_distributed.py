@@ -13,6 +13,7 @@ from .. import _session
 from .._job import Job, job_name
 from .._tree import Ordered
 from ..errors import BadInputError, MissingGradientError
+from ._elastic import Elastic
 from ._gradients import Gradients, name_parameters, pull_into
 
 #: A tensor beside the gradients: 1 for each parameter that this worker has a gradient for.
@@ -27,6 +28,7 @@ class _Distributed:
     _gradients: Gradients
     _synchronized: bool
     _skipping: bool
+    _elastic: Elastic | None
 
     @property
     def job(self) -> Job:
@@ -40,14 +42,19 @@ class _Distributed:
 
     def synchronize(self) -> None:
         """Waits until `grad` of every parameter is that of all workers: for what looks at gradients before `step`, as
-        clipping by the global norm does, or GradScaler's `unscale_`. `step` does not repeat it.
+        clipping by the global norm does, or GradScaler's `unscale_`. `step` does not repeat it, and need not follow: the
+        next backward pass begins another round.
 
         Raises:
             MissingGradientError: some workers have a gradient for a parameter and others have none.
         """
         if self._synchronized:
             return
-        present = numpy.ones(len(self._parameters), numpy.float32)
+        if self._elastic is not None:
+            # The step before was given up.
+            self._elastic.welcome(self)
+        # The last one is for the worker itself: who has just arrived pushes zeros.
+        present = numpy.ones(len(self._parameters) + 1, numpy.float32)
         places = {name: place for place, name in enumerate(self._parameters)}
         for name, parameter in list(self._gradients.rest()):
             if parameter.grad is None:
@@ -58,10 +65,11 @@ class _Distributed:
                 self._gradients.push(name, parameter.grad)
         self._job.push(_PRESENT, present)
         round = self._job.finish()
+        if self._elastic is not None:
+            self._elastic.note(round)
         self._job.pull(_PRESENT, present)
-        if self._job.spec.function == "sum":
-            present /= round.contributors
-        for (name, parameter), share in zip(self._parameters.items(), present, strict=True):
+        shares = present[:-1] / present[-1]
+        for (name, parameter), share in zip(self._parameters.items(), shares, strict=True):
             if share == 0:
                 continue
             if share != 1:
@@ -73,6 +81,9 @@ class _Distributed:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             pull_into(self._job, name, parameter.grad)
+            if self._job.spec.function == "mean" and present[-1] != 1:
+                # The mean over those that had gradients at all.
+                parameter.grad /= float(present[-1])
         self._gradients.begin()
         self._synchronized = True
 
@@ -85,11 +96,9 @@ class _Distributed:
             self.synchronize()
         self._synchronized = False
         super().step()  # type: ignore[misc]
+        if self._elastic is not None:
+            self._elastic.welcome(self)
         return None if closure is None else loss
-
-    def skip(self) -> None:
-        """Gives the synchronized gradients up, without a step: because they are not finite, say."""
-        self._synchronized = False
 
     def no_sync(self) -> Any:
         """Backward passes in it only accumulate, as that of DDP; the next one outside pushes the sum."""
@@ -117,6 +126,7 @@ def DistributedOptimizer(
     *,
     name: str | None = None,
     function: str = "mean",
+    elastic: bool = False,
     **options: Any,
 ) -> Any:
     """An optimizer of the same class, with the same parameters and state, whose gradients are those of all workers.
@@ -130,10 +140,15 @@ def DistributedOptimizer(
         backward_passes_per_step: Gradients are summed over so many backward passes before they are pushed.
         name: Of the job. Default: that of `thalweg.init`, with `-gradients`.
         function: `mean` or `sum`.
+        elastic: Workers may join later: they are given the parameters, the optimizer's state and its settings by a
+            member, at the end of a step in which all wait for that. (This job keeps none of it; with
+            `ServerOptimizer` the service does.) Buffers of the model are not part of it. All workers say the same.
         options: More of what `Job` takes.
 
-    Joins the job, so it waits for the other workers. A worker that joins later has to be given parameters, and state
-    of the optimizer, by the others (`thalweg.broadcast_parameters`): this job keeps none.
+    Joins the job, so it waits for the other workers.
+
+    Raises:
+        ThalwegError: it joins later, and nobody has parameters for it.
     """
     if function not in ("mean", "sum"):
         raise BadInputError(f"function={function!r}: gradients are put together by 'mean' or 'sum'")
@@ -143,7 +158,7 @@ def DistributedOptimizer(
     parameters = name_parameters(optimizer.param_groups, named_parameters)
     # In the order in which the backward pass comes to them, so that the first messages are full early.
     like = Ordered((key, parameters[key]) for key in reversed(parameters))
-    like[_PRESENT] = numpy.zeros(len(parameters), numpy.float32)
+    like[_PRESENT] = numpy.zeros(len(parameters) + 1, numpy.float32)
     job = Job(
         job_name(name or f"{session.job}-gradients"),
         client=session.client,
@@ -159,5 +174,14 @@ def DistributedOptimizer(
     optimizer._parameters = parameters
     optimizer._synchronized = False
     optimizer._skipping = False
-    optimizer._gradients = Gradients(parameters, job.push, backward_passes_per_step)
+    optimizer._elastic = Elastic(job, session.client, parameters) if elastic else None
+    if optimizer._elastic is not None:
+        optimizer._elastic.arrive(optimizer)
+
+    def push(key: str, gradient: Any) -> None:
+        # Also after gradients that were synchronized and then given up, because they were not finite, say.
+        optimizer._synchronized = False
+        job.push(key, gradient)
+
+    optimizer._gradients = Gradients(parameters, push, backward_passes_per_step)
     return optimizer
