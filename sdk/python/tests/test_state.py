@@ -62,7 +62,9 @@ def test_a_schedule(service: thalweg.up, name: str) -> None:
     assert values == [-0.5, -1.5, -2.5]
 
 
-def test_snapshots_go_to_files_and_back(service: thalweg.up, name: str, tmp_path: Path) -> None:
+def test_snapshots_go_to_files_and_back(
+    service: thalweg.up, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "model.safetensors"
     start = {"w": numpy.arange(6, dtype=numpy.float32).reshape(2, 3), "b": numpy.ones(2, numpy.float32)}
     gradient = {key: numpy.full(value.shape, 0.5, numpy.float32) for key, value in start.items()}
@@ -70,6 +72,7 @@ def test_snapshots_go_to_files_and_back(service: thalweg.up, name: str, tmp_path
     with thalweg.Job(name, function="sgd", settings=settings, initial=start) as job:
         third = [job.push_pull(gradient) for _ in range(3)][-1]
         assert job.snapshot(path, progress=True) == 3
+        assert f"snapshot of {name}: 100%" in capsys.readouterr().err
         fourth = job.push_pull(gradient)
     stored = safetensors.numpy.load_file(path)
     numpy.testing.assert_array_equal(stored["w"], third["w"])

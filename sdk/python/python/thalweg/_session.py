@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from . import _native, _tree
-from ._arrays import Array, leaf
+from ._arrays import Array, Leaf, leaf
 from ._job import Handle, Job, Round, Tree, job_name
 from ._log import logger
 from ._progress import bar
@@ -180,9 +180,10 @@ def _carried(name: str, value: Any) -> tuple[Array, Callable[[Array], Any]]:
 
     What is not float32 goes as its bytes, two of them in each number, which float32 holds exactly.
     """
+    read: Leaf | None
     try:
-        array = numpy.ascontiguousarray(leaf(name, value).values)
         read = leaf(name, value)
+        array = read.values
     except BadInputError:
         array, read = _plain(name, value), None
     if read is not None and read.kind == "f32":
