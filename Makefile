@@ -58,9 +58,10 @@ test: build-tested ## run all tests, with fail points, against nats-server 2.15.
 	$(MAKE) test-python
 
 .PHONY: deps
-deps: ## install what comes from the distribution (Debian, as root): PyTorch
+deps: ## install what comes from the distribution (Debian, as root): PyTorch, and OpenBLAS, which makes it ten times faster
 	apt-get update --quiet
-	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends python3-torch python3-venv
+	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends python3-torch python3-venv \
+		libopenblas0-pthread
 
 $(PYTHON_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
 $(PYTHON_ENV)/.made: sdk/python/requirements.txt

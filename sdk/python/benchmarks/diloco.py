@@ -27,10 +27,12 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "characters_dilo
 def run(arguments: argparse.Namespace, mode: str, rate: float, seed: int) -> dict[str, Any]:
     """One training run: curve of (tokens, loss), and bytes of rank 0."""
     options = {"mode": mode, "lr": rate, "seed": seed, "steps": arguments.steps}
-    options |= {"every": arguments.every, "width": arguments.width, "layers": arguments.layers}
+    options |= {"batch": arguments.batch, "every": arguments.every, "width": arguments.width, "layers": arguments.layers}
     command = [arguments.python, str(EXAMPLE), *(f"--{key}={value}" for key, value in options.items())]
     job = f"{mode}-{rate}-{seed}".replace(".", "-")
-    environment = {**os.environ, "WORLD_SIZE": str(arguments.workers), "THALWEG_JOB": job, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "WORLD_SIZE": str(arguments.workers), "THALWEG_JOB": job}
+    # A worker is one thread; OpenBLAS's threads are its own, whatever PyTorch is told.
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(arguments.workers)
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="a Python with PyTorch")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)

@@ -26,7 +26,6 @@ import thalweg.torch
 ROOT = Path(__file__).resolve().parents[3]
 #: Characters of the text that a worker sees at once.
 CONTEXT = 64
-BATCH = 16
 
 
 def load() -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -95,6 +94,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=["diloco", "synchronous"], default="diloco")
     parser.add_argument("--every", type=int, default=50, help="steps between rounds of DiLoCo")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=16, help="places in the text that a worker sees in a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)
@@ -119,10 +119,10 @@ def main() -> None:
             # Every worker's own, in any mode the same.
             random = numpy.random.default_rng([arguments.seed, rank, step])
             optimizer.zero_grad()
-            loss_of(model, train, random.integers(0, len(train) - CONTEXT - 1, BATCH)).backward()
+            loss_of(model, train, random.integers(0, len(train) - CONTEXT - 1, arguments.batch)).backward()
             optimizer.step()
             if rank == 0 and step % 50 == 0:
-                seen = {"steps": step, "tokens": step * workers * BATCH * CONTEXT}
+                seen = {"steps": step, "tokens": step * workers * arguments.batch * CONTEXT}
                 print(json.dumps({**seen, "loss": validation(model, validate)}), flush=True)
         if rank == 0:
             parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -68,7 +68,10 @@ def _of_torch(name: str, tensor: Any) -> tuple[Array, Kind]:
         raise BadInputError(f"tensor {name!r} is sparse: pass x.to_dense()")
     # Values are read, or written as a result: no gradient flows through here, so leaves that require one are fine.
     tensor = tensor.detach()
-    if tensor.device.type != "cpu":
+    if tensor.device.type == "cuda":
+        # PyTorch keeps pinned memory for the next one of this size.
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    elif tensor.device.type != "cpu":
         tensor = tensor.cpu()
     tensor = tensor.contiguous()
     if tensor.dtype == torch.float32:

@@ -127,7 +127,7 @@ def pull_into(job: Job, name: str, target: Any) -> None:
     if target.device.type == "cpu" and target.is_contiguous():
         job.pull(name, target.detach())
         return
-    result = torch.empty(target.shape, dtype=target.dtype)
+    result = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.device.type == "cuda")
     job.pull(name, result)
     with torch.no_grad():
         target.copy_(result)
