@@ -42,7 +42,7 @@ impl Jobs {
             let versions = self.versions(&record).await;
             let versions = self.note_loss(&record, versions).await?;
             let (mut roster, mut changed) = (known, false);
-            let mut unconfirmed = Vec::new();
+            let (mut unconfirmed, mut level) = (Vec::new(), None);
             let mut answers = Vec::with_capacity(claims.len());
             for claim in claims {
                 let claimed = roster::claim(&record, &roster, claim, versions);
@@ -50,6 +50,7 @@ impl Jobs {
                     if let Some(next) = claimed.roster {
                         (roster, changed) = (next, true);
                     }
+                    level = claimed.level;
                     if !claimed.confirmed {
                         unconfirmed.push((claim.worker.incarnation, claimed.from_round));
                     }
@@ -58,9 +59,7 @@ impl Jobs {
             if changed && !self.put_roster(key, &roster, revision_of_roster).await? {
                 continue;
             }
-            if answers.iter().any(Result::is_ok)
-                && let Some(version) = roster::deserted(&roster, versions)
-            {
+            if let Some(version) = level {
                 self.level(&record, &roster, version).await?;
             }
             if unconfirmed.is_empty() {

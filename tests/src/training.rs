@@ -83,6 +83,15 @@ pub async fn join(client: &Client, job: &Job, rank: Rank) -> Result<Worker, Erro
     client.join_with(job.clone(), rank, options()).await
 }
 
+/// Joins as ranks 0 to `workers - 1`, all at once: a founding member waits for the others.
+///
+/// # Panics
+/// When one of them cannot join.
+pub async fn join_all(client: &Client, job: &Job, workers: u32) -> Vec<Worker> {
+    let joins = (0..workers).map(|rank| join(client, job, rank));
+    futures::future::try_join_all(joins).await.expect("all joined")
+}
+
 /// One round of a worker; pushes tensors in an order that differs by worker and round.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 use thalweg_protocol::{FunctionSpec, JobState, Kind, frame, job_key, subjects};
-use thalweg_sdk::{JobKey, Worker};
+use thalweg_sdk::JobKey;
 use thalweg_tests::{PATIENCE, command::Thalweg, connect, embedded::Embedded, eventually, training};
 
 fn key(job: &str) -> JobKey {
@@ -18,11 +18,6 @@ fn key(job: &str) -> JobKey {
 
 fn sgd() -> FunctionSpec {
     FunctionSpec::named("sgd").number("lr", 0.1).number("momentum", 0.9)
-}
-
-async fn joined(service: &Embedded, job: &thalweg_sdk::Job, workers: u32) -> Vec<Worker> {
-    let joins = (0..workers).map(|rank| training::join(&service.client, job, rank));
-    futures::future::try_join_all(joins).await.expect("all joined")
 }
 
 fn interrupt(child: &Child) {
@@ -138,7 +133,7 @@ async fn a_job_is_steered_while_workers_train() {
     let path = folder.path().join("steered.safetensors");
     let file = path.to_str().expect("a path");
     let job = training::job("steered", sgd(), 1);
-    let mut workers = joined(&service, &job, 1).await;
+    let mut workers = training::join_all(&service.client, &job, 1).await;
     training::round(&mut workers[0]).await.expect("a round");
 
     assert_eq!(
@@ -262,7 +257,7 @@ async fn dead_letters_are_listed_shown_put_back_and_removed() {
     assert!(thalweg.text(&["deadletter", "ls"]).starts_with("no dead letters"));
     assert_eq!(thalweg.json(&["deadletter", "ls"]), json!({ "dead_letters": [], "more": false }));
     let job = training::job("victim", FunctionSpec::named("mean"), 1);
-    let mut workers = joined(&service, &job, 1).await;
+    let mut workers = training::join_all(&service.client, &job, 1).await;
     let record = workers[0].job().clone();
     let connection = connect(service.service().url()).await;
     let subject = subjects::gradient(record.partition(0), &record.spec.key, 0);

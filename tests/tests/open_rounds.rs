@@ -30,18 +30,12 @@ fn note(book: &mut Book, worker: &Worker) {
     }
 }
 
-/// All at once: a founding member waits for the others.
-async fn join_all(client: &Client, job: &Job, workers: u32) -> Vec<Worker> {
-    let joins = (0..workers).map(|rank| training::join(client, job, rank));
-    futures::future::try_join_all(joins).await.expect("all joined")
-}
-
 /// Trains, one worker after the other, until every one of `plans` has been hit; returns rounds, parameters and the
 /// book.
 async fn train_slowly(cluster: &Cluster, job: &Job, plans: &[&str]) -> (u64, Vec<f32>, Book) {
     cluster.invoker("i", "");
     let client = Client::connect(cluster.url()).await.expect("connected");
-    let mut workers = join_all(&client, job, WORKERS).await;
+    let mut workers = training::join_all(&client, job, WORKERS).await;
     let mut book = Book::new();
     let mut parameters = Vec::new();
     for (number, targets) in plans.iter().enumerate() {
@@ -128,7 +122,7 @@ async fn a_deadline_fires_while_no_invoker_runs() {
     .await;
     let deadline = Duration::from_secs(4);
     let job = training::job("patient", sgd(), 3).quorum(2, deadline);
-    let mut workers = join_all(&service.client, &job, 3).await;
+    let mut workers = training::join_all(&service.client, &job, 3).await;
     let absent = workers.pop();
     let nudges = Embedded::metric("thalweg_gateway_nudges_total", "");
     let rounds = futures::future::join_all(workers.iter_mut().map(training::round));
@@ -163,7 +157,7 @@ async fn a_crowd_joins_at_once() {
     const CROWD: u32 = 300;
     let service = Embedded::start(|config| config.invoker.linger_ms = LINGER_MS).await;
     let job = training::job("crowd", sgd(), CROWD).order(FoldOrder::Arrival);
-    let mut workers = join_all(&service.client, &job, CROWD).await;
+    let mut workers = training::join_all(&service.client, &job, CROWD).await;
     let rounds = futures::future::try_join_all(workers.iter_mut().map(training::round)).await;
     let mut book = Book::new();
     workers.iter().for_each(|worker| note(&mut book, worker));

@@ -23,11 +23,6 @@ fn key(job: &str) -> JobKey {
     JobKey { tenant: "default".parse().expect("a name"), job: job.parse().expect("a name") }
 }
 
-async fn joined(service: &Embedded, job: &thalweg_sdk::Job, workers: u32) -> Vec<Worker> {
-    let joins = (0..workers).map(|rank| training::join(&service.client, job, rank));
-    futures::future::try_join_all(joins).await.expect("all joined")
-}
-
 /// One round of all workers; the parameters after it.
 async fn all_round(workers: &mut [Worker]) -> (thalweg_sdk::Round, Vec<f32>) {
     let rounds = futures::future::try_join_all(workers.iter_mut().map(training::round)).await;
@@ -38,7 +33,7 @@ async fn all_round(workers: &mut [Worker]) -> (thalweg_sdk::Round, Vec<f32>) {
 async fn a_paused_job_waits_and_says_why_and_goes_on_with_the_same_bits() {
     let service = Embedded::start(|config| config.gateway.worker_lease_ms = 1000).await;
     let job = training::job("pausing", sgd(0.05), 2);
-    let mut workers = joined(&service, &job, 2).await;
+    let mut workers = training::join_all(&service.client, &job, 2).await;
     all_round(&mut workers).await;
     service.client.control(&key("pausing"), JobCommand::Pause("night".to_owned())).await.expect("paused");
     eventually("the workers to hear of it", async || {
@@ -62,7 +57,7 @@ async fn a_paused_job_waits_and_says_why_and_goes_on_with_the_same_bits() {
 async fn an_aborted_job_frees_every_waiting_worker_with_the_reason() {
     let service = Embedded::start(|_| {}).await;
     let job = training::job("aborted", sgd(0.05), 3);
-    let mut workers = joined(&service, &job, 3).await;
+    let mut workers = training::join_all(&service.client, &job, 3).await;
     all_round(&mut workers).await;
     // Two of three wait for the third.
     let waiting: Vec<_> = workers
@@ -96,7 +91,7 @@ async fn an_aborted_job_frees_every_waiting_worker_with_the_reason() {
 async fn settings_change_with_a_named_round_on_all_shards_and_no_earlier() {
     let service = Embedded::start(|config| config.autoscaler.policy.min_invokers = 3).await;
     let job = training::job("settings", sgd(0.05), 2);
-    let mut workers = joined(&service, &job, 2).await;
+    let mut workers = training::join_all(&service.client, &job, 2).await;
     let lr = |lr: f64, from_round| SettingsChange {
         from_round,
         settings: [("lr".to_owned(), Setting::Number(lr))].into(),
@@ -149,7 +144,7 @@ async fn settings_change_with_a_named_round_on_all_shards_and_no_earlier() {
 async fn a_snapshot_taken_in_full_run_is_one_round_and_goes_on_with_the_same_bits() {
     let service = Embedded::start(|_| {}).await;
     let job = training::job("taken", sgd(0.05), 2);
-    let workers = joined(&service, &job, 2).await;
+    let workers = training::join_all(&service.client, &job, 2).await;
     let running: Vec<_> = workers
         .into_iter()
         .map(|mut worker| {
@@ -185,7 +180,7 @@ async fn a_snapshot_taken_in_full_run_is_one_round_and_goes_on_with_the_same_bit
     let record = service.client.restore(&file, options, |_, _| {}).await.expect("restored");
     assert_eq!(record.first_version(), taken.version);
     let job = training::job("again", sgd(0.05), 2);
-    let mut workers = joined(&service, &job, 2).await;
+    let mut workers = training::join_all(&service.client, &job, 2).await;
     let expected = training::replay(&sgd(0.05), &full_book(2, taken.version), taken.version);
     let parameters = workers[1].parameters().await.expect("parameters").concat();
     training::assert_same_bits(&parameters, &expected, "the snapshot");
@@ -205,7 +200,7 @@ async fn a_snapshot_taken_in_full_run_is_one_round_and_goes_on_with_the_same_bit
     service.client.restore(&file, replace(), |_, _| {}).await.expect("replaced");
     let error = training::round(&mut workers[0]).await.expect_err("that life is over");
     assert!(matches!(error.code(), Some(ErrorCode::Gone | ErrorCode::LeaseLost)), "{error}");
-    let mut workers = joined(&service, &job, 2).await;
+    let mut workers = training::join_all(&service.client, &job, 2).await;
     let (round, flat) = all_round(&mut workers).await;
     assert_eq!(round.round, taken.version + 1);
     let expected = training::replay(&sgd(0.05), &full_book(2, round.round), round.round);

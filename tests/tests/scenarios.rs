@@ -109,7 +109,7 @@ async fn two_jobs_at_once_do_not_meet() {
 async fn a_straggler_is_left_behind_by_a_quorum_and_catches_up() {
     let service = Embedded::start(|_| {}).await;
     let job = training::job("straggler", sgd(), 3).quorum(2, Duration::from_millis(100));
-    let mut workers = join_all(&service.client, &job, 3).await;
+    let mut workers = training::join_all(&service.client, &job, 3).await;
     let mut straggler = workers.remove(2);
     let mut book = Book::new();
     for _ in 0..4 {
@@ -145,11 +145,6 @@ async fn a_straggler_is_left_behind_by_a_quorum_and_catches_up() {
     service.stop().await;
 }
 
-async fn join_all(client: &Client, job: &thalweg_sdk::Job, workers: u32) -> Vec<thalweg_sdk::Worker> {
-    let joins = (0..workers).map(|rank| training::join(client, job, rank));
-    futures::future::try_join_all(joins).await.expect("all joined")
-}
-
 fn note(book: &mut Book, worker: &thalweg_sdk::Worker) {
     for (shard, version, counted) in worker.ledgers() {
         book.insert((version, shard as usize), counted);
@@ -160,7 +155,7 @@ fn note(book: &mut Book, worker: &thalweg_sdk::Worker) {
 async fn a_worker_that_dies_in_mid_push_is_removed_after_its_lease() {
     let service = Embedded::start(|config| config.gateway.worker_lease_ms = 800).await;
     let job = training::job("death", sgd(), 3);
-    let mut workers = join_all(&service.client, &job, 3).await;
+    let mut workers = training::join_all(&service.client, &job, 3).await;
     let mut book = Book::new();
     all_rounds(&mut workers, 2, &mut book).await;
     // It pushes one tensor of four and is never heard of again.
@@ -282,7 +277,7 @@ async fn a_second_claimant_of_a_rank_is_told_who_holds_it() {
 async fn a_job_deleted_and_created_again_under_load_starts_afresh() {
     let service = Embedded::start(|_| {}).await;
     let job = training::job("phoenix", sgd(), 2);
-    let old = join_all(&service.client, &job, 2).await;
+    let old = training::join_all(&service.client, &job, 2).await;
     let old_life = old[0].job().incarnation;
     let pushing: Vec<_> = old
         .into_iter()
@@ -340,7 +335,7 @@ async fn everybody_may_leave_and_come_back_later() {
     let service = Embedded::start(|_| {}).await;
     let job = training::job("pause", sgd(), 2);
     let mut book = Book::new();
-    let mut workers = join_all(&service.client, &job, 2).await;
+    let mut workers = training::join_all(&service.client, &job, 2).await;
     all_rounds(&mut workers, 3, &mut book).await;
     // One has pushed all of round 4, the other a part, when both leave: some shards are ahead of others.
     for (index, tensors) in [(0, 4), (1, 1)] {

@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeSet,
     io::Write as _,
+    ops::Range,
     path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
@@ -162,8 +163,7 @@ async fn measure(args: &Args, stack: &Stack) -> anyhow::Result<Outcome> {
     let join_seconds = joining.elapsed().as_secs_f64();
     let (_, roster) = client.job(&members.record.spec.key).await?;
     let expected = expected(args.contributors, elements);
-    let mut own = vec![0.0; elements];
-    fill(&mut own, 0, 0);
+    let own: Vec<_> = gradient(0, 0..elements as u64).collect();
     let (cpu, begun) = (stack.cpu(), Instant::now());
     let round = async {
         let (round, ()) = tokio::try_join!(
@@ -200,19 +200,15 @@ async fn measure(args: &Args, stack: &Stack) -> anyhow::Result<Outcome> {
     Ok(Outcome { join_seconds, seconds, cpu, peak_rss_bytes })
 }
 
-/// Elements `first..` of a rank's gradient: small integers, so that their sum is exact in any order.
-fn fill(values: &mut [f32], first: usize, rank: Rank) {
-    for (offset, value) in values.iter_mut().enumerate() {
-        *value = base((first + offset) as u32, rank);
-    }
+/// Elements of a rank's gradient: small integers, so that their sum is exact in any order.
+fn gradient(rank: Rank, elements: Range<u64>) -> impl Iterator<Item = f32> {
+    elements.map(move |element| base(element as u32, rank))
 }
 
 fn expected(contributors: u32, elements: usize) -> Vec<f32> {
     let mut sum = vec![0.0; elements];
     for rank in 0..contributors {
-        for (element, sum) in sum.iter_mut().enumerate() {
-            *sum += base(element as u32, rank);
-        }
+        sum.iter_mut().zip(gradient(rank, 0..elements as u64)).for_each(|(sum, value)| *sum += value);
     }
     sum
 }
@@ -298,8 +294,9 @@ impl Members {
             elements: elements as u32,
         };
         let mut builder = FrameBuilder::new(Kind::Gradient, &header, elements * 4);
-        for (offset, bytes) in builder.payload_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            *bytes = base((range.start as usize + offset) as u32, worker.rank).to_le_bytes();
+        let payload = builder.payload_mut().as_chunks_mut::<4>().0;
+        for (bytes, value) in payload.iter_mut().zip(gradient(worker.rank, range)) {
+            *bytes = value.to_le_bytes();
         }
         builder.finish()
     }
