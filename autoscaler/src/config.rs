@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use thalweg_broker::LeaseConfig;
 use thalweg_protocol::Partition;
 
-use crate::Millis;
+use crate::{Millis, policy::FLOW_MS};
 
 /// Longest window, milliseconds: bounds how many observations are kept.
 const MAX_WINDOW_MS: u64 = 3_600_000;
@@ -20,15 +20,24 @@ pub struct Config {
     /// Time between observations, milliseconds, 10 to 10,000. Default 200. While there is nothing to do
     /// and nobody to do it, at least 400.
     pub tick_ms: u64,
-    /// Time in which the present backlog should be drained, milliseconds, at least 1. Default 500.
+    /// Share by which sharing invokers may make the rounds of a job longer, against `reference_invokers` of its own,
+    /// above 0 and up to 10. Default 0.1.
+    pub slowdown_limit: f64,
+    /// Invokers of its own that a job is compared against, 1 to 1024. Default 2.
+    pub reference_invokers: u32,
+    /// Time in which a backlog should be drained that no known job's round explains, milliseconds, at least 1.
+    /// Default 2000.
     pub catch_up_ms: u64,
-    /// Share of its time an invoker should be busy, above 0 and up to 1. Default 0.7.
+    /// Share of its CPU quota an invoker should use for load that has no rhythm, above 0 and up to 1. Default 0.7.
     pub target_utilisation: f64,
     /// Service rate of an invoker before any has measured one, MB (10^6 bytes) per busy second. Default 200.
     pub default_service_mb_per_s: f64,
     /// Time without any message in the queues (held ones are in the queues) after which only
     /// `min_invokers` stay, milliseconds, up to one hour. Default 10,000.
     pub idle_timeout_ms: u64,
+    /// Period of a job from which on its invokers are started for each of its bursts instead of kept in between,
+    /// milliseconds. Default 10,000.
+    pub gap_pays_ms: u64,
     /// Time throughout which fewer invokers must have been enough before there are fewer, milliseconds,
     /// up to one hour. Default 10,000.
     pub shrink_window_ms: u64,
@@ -56,10 +65,13 @@ impl Default for Config {
             min_invokers: 0,
             max_invokers: 4,
             tick_ms: 200,
-            catch_up_ms: 500,
+            slowdown_limit: 0.1,
+            reference_invokers: 2,
+            catch_up_ms: 2000,
             target_utilisation: 0.7,
             default_service_mb_per_s: 200.0,
             idle_timeout_ms: 10_000,
+            gap_pays_ms: 10_000,
             shrink_window_ms: 10_000,
             grow_window_ms: 0,
             dead_after_ms: 3000,
@@ -81,6 +93,9 @@ impl Config {
         check(self.max_invokers >= 1, "max_invokers must be at least 1")?;
         check(self.min_invokers <= self.max_invokers, "min_invokers must not exceed max_invokers")?;
         check((10..=10_000).contains(&self.tick_ms), "tick_ms must be 10 to 10000")?;
+        let limit = self.slowdown_limit;
+        check(limit > 0.0 && limit <= 10.0, "slowdown_limit must be above 0 and up to 10")?;
+        check((1..=1024).contains(&self.reference_invokers), "reference_invokers must be 1 to 1024")?;
         check(self.catch_up_ms >= 1, "catch_up_ms must be at least 1")?;
         let share = self.target_utilisation;
         check(share > 0.0 && share <= 1.0, "target_utilisation must be above 0 and up to 1")?;
@@ -98,7 +113,7 @@ impl Config {
 
     /// How far back observations are kept.
     pub(crate) fn longest_window(&self) -> Millis {
-        self.shrink_window_ms.max(self.grow_window_ms)
+        self.shrink_window_ms.max(self.grow_window_ms).max(FLOW_MS)
     }
 
     /// These settings, with those of `running` that are in use since the start and cannot change before the
@@ -137,6 +152,8 @@ mod tests {
             (r#"{"min_invokers":5}"#, "min_invokers"),
             (r#"{"tick_ms":0}"#, "tick_ms"),
             (r#"{"catch_up_ms":0}"#, "catch_up_ms"),
+            (r#"{"slowdown_limit":0.0}"#, "slowdown_limit"),
+            (r#"{"reference_invokers":0}"#, "reference_invokers"),
             (r#"{"target_utilisation":0.0}"#, "target_utilisation"),
             (r#"{"target_utilisation":1.5}"#, "target_utilisation"),
             (r#"{"default_service_mb_per_s":-1.0}"#, "default_service_mb_per_s"),

@@ -6,7 +6,7 @@ use thalweg_broker::PartitionDepth;
 use thalweg_protocol::{InvokerBeat, Partition, Placement};
 
 use crate::{
-    Config, DecisionRecord, History, Millis, Reason, Sample, Status, decide,
+    Config, DecisionRecord, Elastic, History, Millis, Policy as _, Reason, Sample, Status,
     fleet::{Fleet, Invoker, Phase, placed_on},
     place,
 };
@@ -45,6 +45,7 @@ pub struct Controller {
     ids: Box<dyn FnMut() -> String + Send>,
     fleet: Fleet,
     history: History,
+    policy: Elastic,
     reason: Reason,
     leading: bool,
     placement: Placement,
@@ -77,6 +78,7 @@ impl Controller {
     ) -> Self {
         Self {
             history: History::new(partitions, 0, now),
+            policy: Elastic::default(),
             measured_bytes_per_s: None,
             config,
             partitions,
@@ -108,6 +110,7 @@ impl Controller {
 
     /// Takes a beat in. Returns whether [`Self::step`] should follow at once.
     pub fn beat(&mut self, beat: InvokerBeat, now: Millis) -> bool {
+        self.history.learn(&beat.jobs, now);
         self.fleet.beat(beat, now)
     }
 
@@ -120,10 +123,13 @@ impl Controller {
             at: now,
             messages: depths.iter().map(|depth| depth.messages).sum(),
             bytes: depths.iter().map(|depth| depth.bytes).sum(),
+            arrived: depths.iter().map(|depth| depth.last_sequence).sum(),
             active_partitions: depths.iter().filter(|depth| depth.messages > 0).count(),
             waiting_for_round: load.waiting_for_round,
             busy: load.busy,
             service_bytes_per_s: self.service_bytes_per_s(),
+            serving: self.fleet.in_phase(&[Phase::Serving]),
+            start_delay_ms: self.fleet.start_delay_ms,
         };
         self.history.record(sample, &self.config);
     }
@@ -306,7 +312,7 @@ impl Controller {
     }
 
     fn decide(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        let decision = decide(&self.history, now, &self.config);
+        let decision = self.policy.decide(&self.history, now, &self.config);
         let previous = self.history.target();
         self.reason = decision.reason;
         if decision.target == previous {

@@ -7,6 +7,11 @@ use super::*;
 const PARTITIONS: Partition = 8;
 const MIB: u64 = 1 << 20;
 
+/// With the catch-up target that the figures below were reckoned for.
+fn config() -> Config {
+    Config { catch_up_ms: 500, ..Config::default() }
+}
+
 /// The registry, the queues and the invokers around a controller.
 struct World {
     controller: Controller,
@@ -52,7 +57,7 @@ impl World {
 
     /// A world with this many own invokers serving, 64 MiB of backlog for each.
     fn serving(count: usize) -> Self {
-        let mut world = Self::leading(Config::default());
+        let mut world = Self::leading(config());
         world.depth_bytes = 64 * MIB * count as u64;
         world.observe();
         for id in world.started.clone() {
@@ -115,6 +120,7 @@ impl World {
             held_messages: 0,
             held_bytes: 0,
             cpu_quota: 1.0,
+            jobs: Vec::new(),
         };
         if self.controller.beat(beat, self.now) {
             self.step();
@@ -145,7 +151,7 @@ impl World {
 
 #[test]
 fn the_first_work_starts_an_invoker_and_its_first_beat_places_everything() {
-    let mut world = World::leading(Config::default());
+    let mut world = World::leading(config());
     world.pass(30_000);
     assert!(world.started.is_empty() && world.places == 0 && world.controller.is_asleep());
     world.depth_bytes = 8;
@@ -159,7 +165,7 @@ fn the_first_work_starts_an_invoker_and_its_first_beat_places_everything() {
 
 #[test]
 fn newcomers_wait_a_moment_for_each_other() {
-    let mut world = World::leading(Config::default());
+    let mut world = World::leading(config());
     world.depth_bytes = 1 << 40;
     world.observe();
     assert_eq!(world.started.len(), 4);
@@ -174,7 +180,7 @@ fn newcomers_wait_a_moment_for_each_other() {
     assert_eq!(world.controller.wake_at(), None);
 
     // But not for ever.
-    let mut world = World::leading(Config::default());
+    let mut world = World::leading(config());
     world.depth_bytes = 1 << 40;
     world.observe();
     world.beat("auto-1");
@@ -288,7 +294,7 @@ fn holders_found_at_the_start_are_adopted_until_their_silence_is_known() {
     let placed = |holder: &str| PlacedPartition { epoch: 5, holder: Some(holder.to_owned()) };
     let found =
         Placement { partitions: (0..8).map(|i| placed(if i < 4 { "old-1" } else { "old-2" })).collect() };
-    let mut world = World::with(Config::default(), true);
+    let mut world = World::with(config(), true);
     world.placement = found.clone();
     world.depth_bytes = 64 * MIB;
     world.invokers.insert("old-1".to_owned(), world.placed_on("old-1"));
@@ -307,7 +313,7 @@ fn holders_found_at_the_start_are_adopted_until_their_silence_is_known() {
 
 #[test]
 fn others_are_used_before_any_is_started_and_kept_longest() {
-    let mut world = World::leading(Config::default());
+    let mut world = World::leading(config());
     for id in ["theirs-1", "theirs-2"] {
         world.beat(id);
     }
@@ -329,7 +335,7 @@ fn others_are_used_before_any_is_started_and_kept_longest() {
 
 #[test]
 fn without_an_actuator_everybody_serves() {
-    let mut world = World::with(Config::default(), false);
+    let mut world = World::with(config(), false);
     world.controller.lead(Placement::default(), 0);
     world.observe();
     for count in 1..=6 {
@@ -348,7 +354,7 @@ fn without_an_actuator_everybody_serves() {
 
 #[test]
 fn failed_starts_back_off() {
-    let mut world = World::leading(Config { max_invokers: 1, ..Config::default() });
+    let mut world = World::leading(Config { max_invokers: 1, ..config() });
     world.depth_bytes = 8;
     for _ in 0..300 {
         world.pass(200);
@@ -359,7 +365,7 @@ fn failed_starts_back_off() {
     // 60 s: after 0.1, 0.2, 0.4, ... 5, 5, 5 s, as far as ticks allow.
     assert!((12..=20).contains(&world.started.len()), "{}", world.started.len());
     // One that never beats is given up too.
-    let mut world = World::leading(Config { max_invokers: 1, ..Config::default() });
+    let mut world = World::leading(Config { max_invokers: 1, ..config() });
     world.depth_bytes = 8;
     world.pass(10_400);
     assert_eq!(world.stopped, ["auto-1"]);
@@ -399,6 +405,7 @@ fn a_standby_stops_its_own_invokers_once_the_leader_does_not_use_them() {
                 held_messages: 0,
                 held_bytes: 0,
                 cpu_quota: 1.0,
+                jobs: Vec::new(),
             };
             world.controller.beat(beat, world.now);
         }
@@ -425,11 +432,11 @@ mod faults;
 #[test]
 fn another_policy_is_followed_with_the_next_step() {
     let mut world = World::serving(2);
-    let policy = Config { min_invokers: 3, max_invokers: 3, ..Config::default() };
+    let policy = Config { min_invokers: 3, max_invokers: 3, ..config() };
     world.controller.set_policy(policy, world.now);
     world.step();
     assert_eq!(world.started.len(), 3);
-    let policy = Config { max_invokers: 1, ..Config::default() };
+    let policy = Config { max_invokers: 1, ..config() };
     world.controller.set_policy(policy, world.now);
     world.pass(1000);
     assert_eq!(world.holders().len(), 1);
@@ -442,7 +449,7 @@ fn a_longer_window_is_not_judged_by_what_a_shorter_one_has_kept() {
     world.depth_bytes = 64 * MIB;
     world.pass(9000);
     // Of the time before the last ten seconds nothing is known any more, so the new window begins now.
-    let policy = Config { shrink_window_ms: 20_000, ..Config::default() };
+    let policy = Config { shrink_window_ms: 20_000, ..config() };
     world.controller.set_policy(policy, world.now);
     world.pass(19_000);
     assert_eq!(world.holders().len(), 4);
@@ -452,8 +459,8 @@ fn a_longer_window_is_not_judged_by_what_a_shorter_one_has_kept() {
 
 #[test]
 fn a_new_default_rate_counts_until_a_rate_was_measured() {
-    let slow = Config { default_service_mb_per_s: 1.0, ..Config::default() };
-    let mut world = World::leading(Config::default());
+    let slow = Config { default_service_mb_per_s: 1.0, ..config() };
+    let mut world = World::leading(config());
     world.controller.set_policy(slow.clone(), world.now);
     world.depth_bytes = 64 * MIB;
     world.observe();
@@ -467,9 +474,8 @@ fn a_new_default_rate_counts_until_a_rate_was_measured() {
 
 #[test]
 fn what_is_fixed_at_the_start_stays() {
-    let running = Config::default();
+    let running = config();
     let lease = thalweg_broker::LeaseConfig { term_ms: 1, ..running.lease };
-    let read =
-        Config { min_invokers: 1, drain_timeout_ms: 1, drain_on_shutdown: false, lease, ..Config::default() };
+    let read = Config { min_invokers: 1, drain_timeout_ms: 1, drain_on_shutdown: false, lease, ..config() };
     assert_eq!(read.keeping_fixed(&running), Config { min_invokers: 1, ..running });
 }

@@ -45,6 +45,9 @@ pub(crate) struct Invoker {
     pub(crate) empty_since: Option<Millis>,
 }
 
+/// Weight of the newest start in the mean time that one takes.
+const START_SMOOTHING: f64 = 0.3;
+
 impl Invoker {
     pub(crate) fn new(own: bool, phase: Phase, now: Millis) -> Self {
         Self { own, phase, since: now, known: now, heard: now, beat: None, empty_since: None }
@@ -80,6 +83,8 @@ pub(crate) struct Load {
 pub(crate) struct Fleet {
     pub(crate) members: BTreeMap<String, Invoker>,
     ended: VecDeque<String>,
+    /// Mean time from the start of an invoker to its first beat; 0 before the first.
+    pub(crate) start_delay_ms: f64,
 }
 
 impl Fleet {
@@ -99,7 +104,12 @@ impl Fleet {
             // What was decided stays decided.
             (Phase::Stopping, _) => {}
             (_, InvokerState::Draining) => invoker.enter(Phase::Leaving, now),
-            (Phase::Starting, InvokerState::Ready) => invoker.enter(Phase::Serving, now),
+            (Phase::Starting, InvokerState::Ready) => {
+                let took = (now - invoker.since) as f64;
+                let mean = &mut self.start_delay_ms;
+                *mean = if *mean == 0.0 { took } else { *mean + START_SMOOTHING * (took - *mean) };
+                invoker.enter(Phase::Serving, now);
+            }
             // Unknown so far, or another process with an id used before.
             (Phase::Leaving, InvokerState::Ready) if !invoker.own => invoker.enter(Phase::Spare, now),
             _ => {}

@@ -1,8 +1,8 @@
 //! Elasticity: as many invokers as the waiting contributions need, and none when there are none.
 //!
-//! The loop is *observe, decide, place, actuate*. [`decide`] and [`place`] are pure functions, the
-//! [`Controller`] around them is a state machine without I/O (what happened and the time go in, actions
-//! come out), and [`run`] is the thin shell that reads NATS and moves an [`Actuator`].
+//! The loop is *observe, decide, place, actuate*. The [`Elastic`] policy and [`place`] know no I/O, the
+//! [`Controller`] around them is a state machine (what happened and the time go in, actions come out), and [`run`] is
+//! the thin shell that reads NATS and moves an [`Actuator`].
 //!
 //! Fail static: what cannot be observed is left as it is. Silence of an invoker counts only while this
 //! autoscaler's own observations succeed without a gap, so an outage of NATS, of JetStream or of the
@@ -16,22 +16,28 @@
 mod actuator;
 mod config;
 mod controller;
-mod decide;
+pub mod demand;
 mod fleet;
+mod history;
 mod in_process;
+mod jobs;
 mod lease;
 pub mod metrics;
 mod place;
+mod policy;
 mod process;
 mod run;
 mod status;
+pub mod trace;
 
 pub use actuator::{Actuator, ActuatorError, ExternalActuator};
 pub use config::Config;
 pub use controller::{Action, Controller};
-pub use decide::{Decision, History, Millis, Reason, Sample, decide};
+pub use history::{History, Millis, Sample};
 pub use in_process::InProcessActuator;
+pub use jobs::{Demand, Jobs};
 pub use place::{Candidate, moves, place};
+pub use policy::{Decision, Elastic, Fixed, Hpa, Keda, Knative, Policy, Reason};
 pub use process::ProcessActuator;
 pub use run::{AutoscalerError, run};
 pub use status::{DecisionRecord, Status};

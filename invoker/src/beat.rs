@@ -2,36 +2,34 @@
 
 use std::time::{Duration, Instant};
 
-use thalweg_protocol::{Epoch, InvokerBeat, InvokerState, Partition};
+use thalweg_protocol::{Epoch, InvokerBeat, InvokerState, JobLoad, Partition};
+
+use crate::quota::thread_cpu;
 
 /// Measures how busy an invoker is and how fast it serves while busy.
+///
+/// Busy is what uses its CPU quota up, receiving and throttled time included: the part of the quota that is left
+/// can be given more work. Waiting for the store is not busy.
 #[derive(Debug)]
 pub(crate) struct Busyness {
+    cpus: f64,
     since: Instant,
-    busy: Duration,
-    busy_from: Option<Instant>,
+    used_at: Duration,
     folded: u64,
     rate: f64,
 }
 
-/// Weight of the newest measurement in the service rate.
+/// Weight of the newest measurement in the service rate, where it is one of much work.
 const SMOOTHING: f64 = 0.3;
+/// That much, bytes: of less, the invoker's own upkeep is too large a part.
+const MUCH_WORK: f64 = 4.0 * 1024.0 * 1024.0;
 
 impl Busyness {
-    pub(crate) fn new() -> Self {
-        Self { since: Instant::now(), busy: Duration::ZERO, busy_from: None, folded: 0, rate: 0.0 }
-    }
-
-    /// Notes whether there is work under way from now on.
-    pub(crate) fn set(&mut self, busy: bool) {
-        match (busy, self.busy_from) {
-            (true, None) => self.busy_from = Some(Instant::now()),
-            (false, Some(from)) => {
-                self.busy += from.elapsed();
-                self.busy_from = None;
-            }
-            _ => {}
-        }
+    /// Of the current thread, which may use this many CPUs.
+    pub(crate) fn new(cpus: f64) -> Self {
+        // A thread cannot use more than one.
+        let cpus = cpus.clamp(0.01, 1.0);
+        Self { cpus, since: Instant::now(), used_at: thread_cpu(), folded: 0, rate: 0.0 }
     }
 
     /// Notes bytes of contributions folded.
@@ -41,19 +39,12 @@ impl Busyness {
 
     /// Share of time busy since the last call, and the service rate in bytes per busy second.
     fn take(&mut self) -> (f64, f64) {
-        if let Some(from) = self.busy_from.replace(Instant::now()) {
-            self.busy += from.elapsed();
-        } else {
-            self.busy_from = None;
-        }
-        let elapsed = self.since.elapsed().as_secs_f64().max(1e-9);
-        let busy = self.busy.as_secs_f64();
-        if self.folded > 0 && busy > 0.0 {
-            let measured = self.folded as f64 / busy;
-            self.rate =
-                if self.rate == 0.0 { measured } else { self.rate + SMOOTHING * (measured - self.rate) };
-        }
-        (self.since, self.busy, self.folded) = (Instant::now(), Duration::ZERO, 0);
+        let (now, used) = (Instant::now(), thread_cpu());
+        let elapsed = (now - self.since).as_secs_f64().max(1e-9);
+        let busy = used.saturating_sub(self.used_at).as_secs_f64() / self.cpus;
+        let folded = std::mem::take(&mut self.folded) as f64;
+        (self.since, self.used_at) = (now, used);
+        self.rate = next_rate(self.rate, folded, busy);
         ((busy / elapsed).min(1.0), self.rate)
     }
 
@@ -64,13 +55,9 @@ impl Busyness {
         state: InvokerState,
         partitions: Vec<(Partition, Epoch)>,
         held: (usize, usize),
-        cpu_quota: f64,
+        jobs: Vec<JobLoad>,
     ) -> InvokerBeat {
-        let was_busy = self.busy_from.is_some();
         let (busy, service_bytes_per_s) = self.take();
-        if !was_busy {
-            self.busy_from = None;
-        }
         InvokerBeat {
             invoker: invoker.to_owned(),
             state,
@@ -79,7 +66,44 @@ impl Busyness {
             busy,
             held_messages: held.0 as u64,
             held_bytes: held.1 as u64,
-            cpu_quota,
+            cpu_quota: self.cpus,
+            jobs,
         }
+    }
+}
+
+/// The service rate after `folded` bytes in `busy` seconds.
+fn next_rate(rate: f64, folded: f64, busy: f64) -> f64 {
+    if folded <= 0.0 || busy <= 0.0 {
+        return rate;
+    }
+    let measured = folded / busy;
+    if rate == 0.0 {
+        return measured;
+    }
+    rate + SMOOTHING * (folded / MUCH_WORK).min(1.0) * (measured - rate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn much_work_tells_the_rate_and_little_work_does_not_spoil_it() {
+        assert_eq!(next_rate(0.0, 1e8, 0.5), 2e8);
+        assert_eq!(next_rate(2e8, 0.0, 0.5), 2e8);
+        assert!((next_rate(2e8, 1e8, 1.0) - 1.7e8).abs() < 1.0);
+        assert!(next_rate(2e8, 1000.0, 0.1) > 1.99e8);
+    }
+
+    #[test]
+    fn busy_is_the_share_of_the_quota() {
+        let mut busyness = Busyness::new(0.5);
+        let begun = thread_cpu();
+        while thread_cpu() - begun < Duration::from_millis(20) {
+            busyness.folded(1);
+        }
+        let (busy, rate) = busyness.take();
+        assert!(busy > 0.0 && busy <= 1.0 && rate > 0.0, "{busy} {rate}");
     }
 }

@@ -15,7 +15,8 @@ pub(crate) struct Quota {
     used_at: Duration,
 }
 
-fn thread_cpu() -> Duration {
+/// CPU time of the current thread so far.
+pub(crate) fn thread_cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }

@@ -110,7 +110,7 @@ pub async fn run(
         holdings: Holdings::new(id.clone(), config.drain_ms),
         started: Instant::now(),
         work: FuturesUnordered::new(),
-        busyness: Busyness::new(),
+        busyness: Busyness::new(config.cpu_quota),
         quota: Quota::new(config.cpu_quota),
         state: InvokerState::Ready,
         placement: Placement::default(),
@@ -188,7 +188,6 @@ impl Shell {
         let mut refresh = tokio::time::interval(REFRESH);
         let mut job_refresh = tokio::time::interval(JOB_REFRESH);
         loop {
-            self.busyness.set(self.core.invocations() > 0);
             let debt = self.quota.debt();
             if !debt.is_zero() {
                 tokio::time::sleep(debt).await;
@@ -340,7 +339,8 @@ impl Shell {
         let held = self.holdings.held();
         let load = (self.core.held_messages(), self.core.held_bytes());
         metrics::held(load.1);
-        let beat = self.busyness.beat(&self.id, self.state, held, load, self.config.cpu_quota);
+        let jobs = self.core.take_loads();
+        let beat = self.busyness.beat(&self.id, self.state, held, load, jobs);
         let frame = frame::seal(Kind::Beat, &beat, &[]);
         let _ = self.connection.client.publish(subjects::invoker_beat(&self.id), frame).await;
     }

@@ -36,7 +36,7 @@ pub use messages::{
     StoreRequest, WorkerRef,
 };
 pub use records::{
-    InvokerBeat, InvokerState, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
+    InvokerBeat, InvokerState, JobLoad, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
     PlacedPartition, Placement, Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key,
     lease_key, roster_key, suspect_key,
 };

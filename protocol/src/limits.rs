@@ -36,6 +36,8 @@ pub const ORDERED_RANK_BYTES: usize = 3;
 pub const PARTIAL_OVERHEAD_BYTES: usize = 256;
 /// Most open rounds in one answer of the store.
 pub const MAX_OPEN_ROUNDS: u32 = 256;
+/// Most jobs in one heartbeat of an invoker.
+pub const MAX_BEAT_JOBS: usize = 256;
 /// Default number of partitions.
 pub const DEFAULT_PARTITIONS: u16 = 32;
 /// Most partitions a deployment may have.

@@ -307,6 +307,33 @@ pub struct InvokerBeat {
     pub held_bytes: u64,
     /// CPUs it may use.
     pub cpu_quota: f64,
+    /// What jobs have asked of it since the last beat, at most [`MAX_BEAT_JOBS`](crate::limits::MAX_BEAT_JOBS).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub jobs: Vec<JobLoad>,
+}
+
+/// What one job has asked of one invoker in some time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobLoad {
+    /// Which.
+    pub job: JobKey,
+    /// The highest round of which a shard has been committed; 0 for none.
+    pub round: Round,
+    /// Rounds that ended in this time: the next one's first shard has been committed.
+    pub rounds: u64,
+    /// Bytes of contributions in commits.
+    pub bytes: u64,
+    /// Sum over `rounds` of the longest time from a shard's last contribution (when the broker stored it) to its
+    /// commit, milliseconds.
+    pub delay_ms: u64,
+}
+
+impl JobLoad {
+    /// A job that has asked for nothing yet.
+    #[must_use]
+    pub fn new(job: JobKey) -> Self {
+        Self { job, round: 0, rounds: 0, bytes: 0, delay_ms: 0 }
+    }
 }
 
 /// What an invoker is doing.

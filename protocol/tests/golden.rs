@@ -19,11 +19,11 @@ use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
     FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode,
-    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
-    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
-    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
-    Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
+    JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member,
+    Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit,
+    PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting,
+    Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply,
+    StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -523,8 +523,15 @@ fn records() -> Vec<Golden> {
             held_messages: 12,
             held_bytes: 1 << 33,
             cpu_quota: 2.0,
+            jobs: Vec::new(),
         };
-        goldens.push(golden(beat_name(state), Kind::Beat, beat, &[]));
+        goldens.push(golden(beat_name(state), Kind::Beat, beat.clone(), &[]));
+        if state == InvokerState::Ready {
+            let load =
+                JobLoad { round: 300, rounds: 2, bytes: 1 << 33, delay_ms: 17, ..JobLoad::new(spec().key) };
+            let beat = InvokerBeat { jobs: vec![load], ..beat };
+            goldens.push(golden("beat_with_jobs", Kind::Beat, beat, &[]));
+        }
     }
     goldens
 }

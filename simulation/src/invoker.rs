@@ -464,7 +464,7 @@ impl World {
     }
 
     fn invoker_beats(&mut self, number: u32) {
-        let Some(host) = self.invokers.get(&number) else { return };
+        let Some(host) = self.invokers.get_mut(&number) else { return };
         let beat = InvokerBeat {
             invoker: format!("i{number}"),
             state: if host.draining { InvokerState::Draining } else { InvokerState::Ready },
@@ -474,6 +474,7 @@ impl World {
             held_messages: host.core.held_messages() as u64,
             held_bytes: host.core.held_bytes() as u64,
             cpu_quota: 1.0,
+            jobs: host.core.take_loads(),
         };
         self.send(Actor::Invoker(number), Actor::Broker, Body::Beat(beat));
     }

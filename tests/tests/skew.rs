@@ -326,6 +326,7 @@ async fn components_that_start_over_another_version_say_so_and_wait_or_stop() {
             held_messages: 0,
             held_bytes: 0,
             cpu_quota: 1.0,
+            jobs: Vec::new(),
         };
         let frame = of_version(other, &frame::seal(Kind::Beat, &beat, &[]));
         let beating = tokio::spawn({

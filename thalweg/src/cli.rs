@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use thalweg_telemetry::config::{Loader, dump, parse_override};
 
-use crate::{admin, bench, config::Config, demo, services, up};
+use crate::{admin, bench, config::Config, demo, services, simulate, up};
 
 /// Elastic, exactly-once aggregation of gradients.
 ///
@@ -57,6 +57,8 @@ enum Command {
     Demo(demo::Args),
     /// Measures all-reduce and the store, with results checked
     Bench(bench::Args),
+    /// What a trace of jobs would cost under one policy or another
+    Simulate(simulate::Args),
     #[command(hide = true)]
     DemoWorker(demo::WorkerArgs),
     #[command(hide = true)]
@@ -231,6 +233,7 @@ impl Cli {
             }
             Command::Demo(args) => runtime()?.block_on(demo::run(args)),
             Command::Bench(args) => bench::run(args),
+            Command::Simulate(args) => simulate::run(&args),
             Command::DemoWorker(args) => runtime()?.block_on(demo::worker(args)),
             Command::BenchWorker(args) => bench::worker(args),
             Command::BenchFolder(args) => bench::folder(args),

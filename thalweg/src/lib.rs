@@ -12,4 +12,5 @@ pub mod nats;
 mod process;
 mod reload;
 pub mod services;
+pub mod simulate;
 pub mod up;

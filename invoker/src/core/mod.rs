@@ -8,6 +8,7 @@ mod admit;
 mod partial;
 mod round;
 mod shard;
+mod tally;
 mod types;
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
     sync::Arc,
 };
 
-use thalweg_protocol::{ErrorCode, Incarnation, JobKey, Partition, Reject, ShardIndex, WireError};
+use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobLoad, Partition, Reject, ShardIndex, WireError};
 
 pub(crate) use types::may_pass;
 pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis, Plan, ShardKey};
@@ -23,6 +24,7 @@ pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis,
 use crate::{Job, metrics};
 use round::Invocation;
 use shard::{Entry, Shard};
+use tally::Tally;
 
 /// Bounds of one core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +71,7 @@ pub struct Core {
     /// Counts events, to tell whether a head was read after a contribution came.
     clock: u64,
     now: Millis,
+    tally: Tally,
     actions: Vec<Action>,
 }
 
@@ -110,6 +113,7 @@ impl Core {
             held_bytes: 0,
             clock: 0,
             now: 0,
+            tally: Tally::default(),
             actions: Vec::new(),
         }
     }
@@ -159,6 +163,11 @@ impl Core {
     #[must_use]
     pub fn next_tick(&self) -> Option<Millis> {
         self.timers.keys().next().map(|(at, _)| *at)
+    }
+
+    /// What jobs have asked of this invoker since the last call, for its next heartbeat.
+    pub fn take_loads(&mut self) -> Vec<JobLoad> {
+        self.tally.take()
     }
 
     /// Messages held or parked.

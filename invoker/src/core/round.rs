@@ -515,16 +515,21 @@ impl Core {
         self.actions.push(Action::Publish(plan.job.record.spec.key.clone(), header, values));
         shard.invoking = None;
         shard.head = Some(Known { head, ledger, partial: None, asked: self.clock });
+        let mut last_published = None;
         if let Some(gathering) = shard.rounds.remove(&plan.round) {
             for entry in gathering.entries.into_values() {
                 self.held_bytes -= entry.held_bytes();
                 // A contribution that came after the close was not counted.
-                if !sequences.contains(&entry.sequence) {
+                if sequences.contains(&entry.sequence) {
+                    last_published = last_published.max(Some(entry.published));
+                } else {
                     metrics::leftover("late");
                     self.actions.push(Action::Acknowledge(plan.partition, entry.sequence));
                 }
             }
         }
+        let delay = last_published.map_or(0, |last| self.now.saturating_sub(last));
+        self.tally.round(&plan.job.record.spec.key, plan.round, plan.input_bytes(), delay);
         let nudges = std::mem::take(&mut shard.nudges).into_iter().map(|(sequence, _)| sequence);
         for sequence in sequences.into_iter().chain(nudges) {
             self.actions.push(Action::Acknowledge(plan.partition, sequence));

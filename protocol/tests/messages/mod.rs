@@ -11,11 +11,11 @@ use proptest::{
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
     FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
-    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
-    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
-    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
-    Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
+    JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member,
+    Mode, Name, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit,
+    PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting,
+    Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply,
+    StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -521,8 +521,17 @@ fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
     let state =
         prop::sample::select(vec![InvokerState::Starting, InvokerState::Ready, InvokerState::Draining]);
     let numbers = (number(), number(), number());
-    (text(), state, vec((U16, U64), 0..40), numbers, U64, U64).prop_map(
-        |(invoker, state, partitions, (service_bytes_per_s, busy, cpu_quota), held_messages, held_bytes)| {
+    let load = (key(), U64, U64, U64, U64);
+    let load = load.prop_map(|(job, round, rounds, bytes, delay_ms)| JobLoad {
+        job,
+        round,
+        rounds,
+        bytes,
+        delay_ms,
+    });
+    (text(), state, vec((U16, U64), 0..40), numbers, (U64, U64), vec(load, 0..3)).prop_map(
+        |(invoker, state, partitions, (service_bytes_per_s, busy, cpu_quota), held, jobs)| {
+            let (held_messages, held_bytes) = held;
             InvokerBeat {
                 invoker,
                 state,
@@ -532,6 +541,7 @@ fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
                 held_messages,
                 held_bytes,
                 cpu_quota,
+                jobs,
             }
         },
     )

@@ -110,7 +110,7 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
 }
 
 /// Columns under their names; on a terminal no wider than that.
-fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
     table.set_header(header.iter().map(|name| name.to_uppercase()));

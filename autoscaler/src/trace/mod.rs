@@ -1,0 +1,70 @@
+//! Playing jobs against policies: what a trace of months would have cost, without running it.
+//!
+//! [`fluid`] takes the mean of every job's rhythm between two changes of anything (arrivals, departures, decisions), by
+//! the closed queueing network of [`crate::demand`]; [`events`] plays every single round with the invokers shared by
+//! whoever aggregates, and feeds the policy through the same learning as live heartbeats do. Both are deterministic.
+
+mod events;
+mod fluid;
+mod pool;
+mod score;
+
+pub use events::{Rounds, Thinking, events};
+pub use fluid::{State, fluid};
+pub use score::{Score, Timeline};
+
+use crate::demand::Load;
+
+/// A job of a trace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TraceJob {
+    /// When it begins, seconds.
+    pub start_s: f64,
+    /// How long it trains on servers of its own, as many as it requested, seconds.
+    pub duration_s: f64,
+    /// Bytes of contributions in a round, of all workers together.
+    pub round_bytes: f64,
+    /// Time between a round's result and the next contributions, seconds.
+    pub think_s: f64,
+    /// Servers that it requested.
+    pub servers: f64,
+}
+
+impl TraceJob {
+    /// As the queueing network sees it, with invokers that fold this many bytes a second.
+    #[must_use]
+    pub fn load(&self, constants: &Constants) -> Load {
+        Load {
+            work: self.round_bytes / constants.service_bytes_per_s,
+            think: self.think_s,
+            reference: self.servers,
+            parallel: f64::from(constants.partitions),
+        }
+    }
+
+    /// Fewest servers of its own with which it loses no more than `limit` against those that it requested.
+    #[must_use]
+    pub fn fewest_servers(&self, limit: f64, constants: &Constants) -> f64 {
+        let load = self.load(constants);
+        let most = load.alone() * (1.0 + limit) - load.think;
+        (load.work / most.max(f64::MIN_POSITIVE)).ceil().clamp(1.0, self.servers.max(1.0))
+    }
+}
+
+/// What was measured of the system that is simulated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Constants {
+    /// Bytes that an invoker folds per busy second.
+    pub service_bytes_per_s: f64,
+    /// From the request for an invoker to its first work, milliseconds.
+    pub start_delay_ms: u64,
+    /// From the order to stop to its end, milliseconds.
+    pub stop_delay_ms: u64,
+    /// Bytes of one message.
+    pub message_bytes: f64,
+    /// Partitions: no more invokers than that.
+    pub partitions: u16,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! What each job has asked of this invoker, for its heartbeats.
+
+use std::collections::BTreeMap;
+
+use thalweg_protocol::{JobKey, JobLoad, Round, limits::MAX_BEAT_JOBS};
+
+use super::Millis;
+
+/// Jobs remembered between heartbeats; of one that is forgotten a round's delay is lost, nothing else.
+const REMEMBERED: usize = 16 * MAX_BEAT_JOBS;
+
+/// Counts by job since they were last taken.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    jobs: BTreeMap<JobKey, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    load: JobLoad,
+    /// Longest delay among the shards of `load.round` so far.
+    longest: Millis,
+    /// Something to tell.
+    news: bool,
+}
+
+impl Tally {
+    /// Counts a commit of some contributions to an open round.
+    pub(super) fn partial(&mut self, job: &JobKey, bytes: u64) {
+        let entry = self.entry(job);
+        entry.load.bytes += bytes;
+        entry.news = true;
+    }
+
+    /// Counts the commit of a shard's round, `delay` after its last contribution had been stored by the broker.
+    pub(super) fn round(&mut self, job: &JobKey, round: Round, bytes: u64, delay: Millis) {
+        let entry = self.entry(job);
+        entry.load.bytes += bytes;
+        entry.news = true;
+        if round > entry.load.round {
+            if entry.load.round > 0 {
+                entry.load.rounds += 1;
+                entry.load.delay_ms += entry.longest;
+            }
+            (entry.load.round, entry.longest) = (round, delay);
+        } else if round == entry.load.round {
+            entry.longest = entry.longest.max(delay);
+        } else {
+            // A job of the same name that began anew.
+            let load = JobLoad { round, bytes, ..JobLoad::new(job.clone()) };
+            *entry = Entry { load, longest: delay, news: true };
+        }
+    }
+
+    fn entry(&mut self, job: &JobKey) -> &mut Entry {
+        if self.jobs.len() >= REMEMBERED && !self.jobs.contains_key(job) {
+            self.jobs.retain(|_, entry| entry.news);
+        }
+        let new = || Entry { load: JobLoad::new(job.clone()), longest: 0, news: false };
+        self.jobs.entry(job.clone()).or_insert_with(new)
+    }
+
+    /// What there is to tell, of at most [`MAX_BEAT_JOBS`] jobs, those with the most bytes first; the others' turn
+    /// comes with the next call.
+    pub(super) fn take(&mut self) -> Vec<JobLoad> {
+        let mut news: Vec<_> = self.jobs.values_mut().filter(|entry| entry.news).collect();
+        news.sort_by_key(|entry| std::cmp::Reverse(entry.load.bytes));
+        news.truncate(MAX_BEAT_JOBS);
+        let take = |entry: &mut Entry| {
+            entry.news = false;
+            let rest = JobLoad { round: entry.load.round, ..JobLoad::new(entry.load.job.clone()) };
+            std::mem::replace(&mut entry.load, rest)
+        };
+        news.into_iter().map(take).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(name: &str) -> JobKey {
+        JobKey { tenant: "default".parse().unwrap(), job: name.parse().unwrap() }
+    }
+
+    fn load(name: &str, round: Round, rounds: u64, bytes: u64, delay_ms: Millis) -> JobLoad {
+        JobLoad { job: job(name), round, rounds, bytes, delay_ms }
+    }
+
+    #[test]
+    fn a_rounds_delay_is_that_of_its_last_shard() {
+        let mut tally = Tally::default();
+        for (round, delay) in [(7, 3), (7, 9), (7, 1), (8, 2), (8, 4)] {
+            tally.round(&job("a"), round, 100, delay);
+        }
+        tally.partial(&job("b"), 5);
+        assert_eq!(tally.take(), [load("a", 8, 1, 500, 9), load("b", 0, 0, 5, 0)]);
+        assert!(tally.take().is_empty());
+        tally.round(&job("a"), 10, 1, 6);
+        assert_eq!(tally.take(), [load("a", 10, 1, 1, 4)]);
+        // Deleted and begun anew.
+        tally.round(&job("a"), 1, 1, 2);
+        tally.round(&job("a"), 2, 1, 2);
+        assert_eq!(tally.take(), [load("a", 2, 1, 2, 2)]);
+    }
+
+    #[test]
+    fn many_jobs_take_turns() {
+        let mut tally = Tally::default();
+        let jobs: Vec<_> = (0..=MAX_BEAT_JOBS).map(|number| job(&format!("job-{number}"))).collect();
+        for (job, bytes) in jobs.iter().zip(1..) {
+            tally.round(job, 1, bytes, 0);
+        }
+        let first = tally.take();
+        assert_eq!(first.len(), MAX_BEAT_JOBS);
+        assert_eq!(first[0].bytes, MAX_BEAT_JOBS as u64 + 1);
+        assert_eq!(tally.take(), [load("job-0", 1, 0, 1, 0)]);
+        assert!(tally.take().is_empty());
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut tally = Tally::default();
+        for number in 0..2 * REMEMBERED {
+            tally.round(&job(&format!("job-{number}")), 1, 1, 0);
+            tally.take();
+        }
+        assert!(tally.jobs.len() <= REMEMBERED);
+    }
+}
