@@ -11,9 +11,11 @@
 //! Invokers that somebody else started (by hand, by an orchestrator, or by an earlier life of the
 //! autoscaler) are adopted: they are used before a new one is started, they are retired after the own
 //! ones (which frees something), and a surplus one keeps running without partitions, because only
-//! whoever started it may stop it.
+//! whoever started it may stop it: this autoscaler can where its actuator reaches what an earlier one has
+//! started ([`Actuator::adopt`]).
 
 mod actuator;
+mod agent;
 mod config;
 mod controller;
 mod decide;
@@ -26,7 +28,8 @@ mod process;
 mod run;
 mod status;
 
-pub use actuator::{Actuator, ActuatorError, ExternalActuator};
+pub use actuator::{Actuator, ActuatorError, ExternalActuator, StartError};
+pub use agent::{AgentActuator, AgentConfig, AgentError, serve_agent};
 pub use config::Config;
 pub use controller::{Action, Controller};
 pub use decide::{Decision, History, Millis, Reason, Sample, decide};

@@ -26,11 +26,13 @@ pub struct ProcessActuator {
     arguments: Vec<String>,
     drain_timeout: Duration,
     kill_on_drop: bool,
+    tied: bool,
     children: BTreeMap<String, Started>,
 }
 
 #[derive(Debug)]
 struct Started {
+    /// With the other end of its standard input, where it is tied to us.
     child: Child,
     /// Told to stop; killed after that.
     kill_at: Option<Instant>,
@@ -42,7 +44,7 @@ impl ProcessActuator {
     #[must_use]
     pub fn new(program: impl Into<OsString>, arguments: Vec<String>, drain_timeout: Duration) -> Self {
         let program = program.into();
-        Self { program, arguments, drain_timeout, kill_on_drop: true, children: BTreeMap::new() }
+        Self { program, arguments, drain_timeout, kill_on_drop: true, tied: false, children: BTreeMap::new() }
     }
 
     /// Children are left running when the actuator is dropped, instead of being killed: for autoscalers
@@ -50,6 +52,17 @@ impl ProcessActuator {
     #[must_use]
     pub fn leave_running(mut self) -> Self {
         self.kill_on_drop = false;
+        self
+    }
+
+    /// Children get a pipe as standard input, which ends when this process does, however that comes about. A
+    /// program that stops with it (`thalweg invoker --with-stdin`) does not survive this process.
+    ///
+    /// The kernel could also send a signal to the child when its parent ends, but does so already when the
+    /// *thread* ends that had started it; and the end of a pipe leaves an invoker the time to drain.
+    #[must_use]
+    pub fn tied(mut self) -> Self {
+        self.tied = true;
         self
     }
 
@@ -93,11 +106,11 @@ impl Actuator for ProcessActuator {
             .args(self.arguments.iter().map(|argument| argument.replace("{id}", id)))
             // Through it they would report their own readiness as that of the autoscaler.
             .env_remove("NOTIFY_SOCKET")
-            .stdin(Stdio::null())
+            .stdin(if self.tied { Stdio::piped() } else { Stdio::null() })
             .process_group(0)
             .kill_on_drop(self.kill_on_drop)
             .spawn()
-            .map_err(|source| ActuatorError { id: id.to_owned(), source })?;
+            .map_err(|error| ActuatorError::new(id, error.into()))?;
         tracing::info!(invoker = id, process = child.id(), "started invoker");
         self.children.insert(id.to_owned(), Started { child, kill_at: None });
         Ok(())

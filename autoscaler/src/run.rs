@@ -354,6 +354,8 @@ impl Shell {
             if !current || !self.controller.leads() {
                 self.read_placement().await?;
             }
+            let adopted = self.actuator.adopt().await;
+            self.controller.adopted(&adopted, self.clock.now());
             // Every action is performed, whatever becomes of the others: the controller counts on it.
             let mut placed = Ok(true);
             for action in self.controller.step(self.clock.now()) {

@@ -22,6 +22,8 @@ pub struct Config {
     pub invoker: thalweg_invoker::Config,
     /// The autoscaler.
     pub autoscaler: Autoscaler,
+    /// Agents: those that run invokers on their hosts for an autoscaler elsewhere.
+    pub agent: thalweg_autoscaler::AgentConfig,
     /// The embedded broker of `thalweg up`.
     pub embedded: Embedded,
     /// Health, metrics, and the log filter.
@@ -89,6 +91,8 @@ pub enum Actuator {
     Auto,
     /// As processes on this host.
     Process,
+    /// On the hosts where a `thalweg agent` runs.
+    Agent,
     /// Not at all: whoever runs `thalweg invoker` is given work.
     External,
 }
