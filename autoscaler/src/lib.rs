@@ -16,6 +16,7 @@
 
 mod actuator;
 mod agent;
+mod cgroup;
 mod config;
 mod controller;
 mod decide;

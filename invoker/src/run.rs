@@ -24,7 +24,7 @@ use crate::{
     holdings::{Delivered, Holdings},
     metrics,
     partition::{Takeover, TakeoverError},
-    quota::Quota,
+    quota::{CpuScope, Quota},
 };
 
 /// Settings of one invoker.
@@ -75,6 +75,9 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 
 /// Serves partitions until `shutdown`, then drains.
 ///
+/// `scope` says whose CPU time `config.cpu_quota` is about. With a quota below 1 the invoker pauses when it has used
+/// more; it goes on beating meanwhile.
+///
 /// Runs on a current-thread runtime: its future is not `Send`. May be dropped (or killed) at any
 /// moment without harm to any round.
 ///
@@ -84,6 +87,7 @@ pub async fn run(
     config: Config,
     connection: Connection,
     store: Arc<dyn ShardStore>,
+    scope: CpuScope,
     report: Report,
     shutdown: CancellationToken,
 ) -> Result<(), async_nats::Error> {
@@ -111,7 +115,7 @@ pub async fn run(
         started: Instant::now(),
         work: FuturesUnordered::new(),
         busyness: Busyness::new(),
-        quota: Quota::new(config.cpu_quota),
+        quota: Quota::new(config.cpu_quota, scope),
         state: InvokerState::Ready,
         placement: Placement::default(),
         id,
@@ -191,7 +195,14 @@ impl Shell {
             self.busyness.set(self.core.invocations() > 0);
             let debt = self.quota.debt();
             if !debt.is_zero() {
-                tokio::time::sleep(debt).await;
+                // Whoever pauses is not dead, and may be told to stop.
+                tokio::select! {
+                    biased;
+                    _ = beats.tick() => self.beat().await,
+                    () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => self.drain().await,
+                    () = tokio::time::sleep(debt) => {}
+                }
+                continue;
             }
             let now_ms = self.elapsed();
             let drained_in = self.holdings.drain_until();
@@ -229,12 +240,7 @@ impl Shell {
                     let active: Vec<_> = self.core.active_jobs().cloned().collect();
                     active.into_iter().for_each(|key| self.look_up(key));
                 }
-                () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => {
-                    tracing::info!("draining");
-                    self.state = InvokerState::Draining;
-                    self.beat().await;
-                    self.holdings.drain(self.elapsed());
-                }
+                () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => self.drain().await,
                 () = tokio::time::sleep(drained_in.unwrap_or_default()), if drained_in.is_some() => {}
             }
             let steps = self.holdings.settle(|partition| self.core.is_quiet(partition), self.elapsed());
@@ -316,6 +322,14 @@ impl Shell {
             Done::Placement(Err(error)) => error.log("placement not read"),
             Done::Nothing => {}
         }
+    }
+
+    /// Begins to leave.
+    async fn drain(&mut self) {
+        tracing::info!("draining");
+        self.state = InvokerState::Draining;
+        self.beat().await;
+        self.holdings.drain(self.elapsed());
     }
 
     /// Somebody wrote to the registry.

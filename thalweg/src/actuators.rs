@@ -5,6 +5,7 @@ use std::{io, path::Path, sync::Arc, thread::JoinHandle, time::Duration};
 use anyhow::Context as _;
 use thalweg_autoscaler::{Actuator, AgentActuator, ExternalActuator, InProcessActuator, ProcessActuator};
 use thalweg_broker::{Connection, NatsConfig, no_report};
+use thalweg_invoker::CpuScope;
 use thalweg_store::ShardStore;
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +34,7 @@ fn drain_timeout(config: &Config) -> Duration {
 #[must_use]
 pub fn process(program: &Path, config: &Config) -> ProcessActuator {
     let actuator = ProcessActuator::new(program, arguments(config, &config.nats.url), drain_timeout(config));
+    let actuator = confined(actuator, config);
     if config.autoscaler.policy.drain_on_shutdown { actuator } else { actuator.leave_running() }
 }
 
@@ -41,7 +43,14 @@ pub fn process(program: &Path, config: &Config) -> ProcessActuator {
 pub fn tied_process(program: &Path, config: &Config) -> ProcessActuator {
     let mut arguments = arguments(config, &config.nats.url);
     arguments.push("--with-stdin".to_owned());
-    ProcessActuator::new(program, arguments, Duration::from_millis(config.agent.drain_timeout_ms)).tied()
+    let drain = Duration::from_millis(config.agent.drain_timeout_ms);
+    confined(ProcessActuator::new(program, arguments, drain).tied(), config)
+}
+
+/// With the help of the kernel where there is a quota: a whole CPU is what one thread can use at most.
+fn confined(actuator: ProcessActuator, config: &Config) -> ProcessActuator {
+    let cpus = config.invoker.cpu_quota;
+    if cpus < 1.0 { actuator.cpu_quota(cpus) } else { actuator }
 }
 
 /// Invokers on the hosts of agents.
@@ -116,8 +125,9 @@ fn invoke(
                 return;
             }
         };
-        if let Err(error) = thalweg_invoker::run(config, connection, store, no_report(), token.clone()).await
-        {
+        let (scope, token) = (CpuScope::Thread, token.clone());
+        let ended = thalweg_invoker::run(config, connection, store, scope, no_report(), token).await;
+        if let Err(error) = ended {
             tracing::warn!(%error, "an invoker ended");
         }
     });

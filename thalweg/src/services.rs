@@ -4,6 +4,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use thalweg_broker::{Connection, Registry, Report};
+use thalweg_invoker::CpuScope;
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::{LocalStore, OpenOptions, ShardStore, StoreClient};
 use thalweg_telemetry::config::Loader;
@@ -77,7 +78,8 @@ pub async fn invoker(config: Config, loader: Loader, with_stdin: bool) -> anyhow
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
-            thalweg_invoker::run(config.invoker, connection, store, report, host.shutdown.clone())
+            let (scope, shutdown) = (CpuScope::Process, host.shutdown.clone());
+            thalweg_invoker::run(config.invoker, connection, store, scope, report, shutdown)
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
         }
