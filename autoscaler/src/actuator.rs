@@ -57,6 +57,17 @@ pub enum StartError {
         /// What happened instead.
         error: String,
     },
+    /// The Docker Engine lacks the image.
+    #[error(
+        "the Docker Engine has no image {image:?}: build or pull it there, or name another one (autoscaler.docker.image)"
+    )]
+    NoImage {
+        /// Its name.
+        image: String,
+    },
+    /// The Docker Engine refuses, or is not there.
+    #[error("Docker Engine: {0}")]
+    Engine(String),
 }
 
 /// Starts and stops invokers by some means.

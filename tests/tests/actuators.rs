@@ -1,15 +1,19 @@
 //! Every actuator keeps what the trait promises, with real invokers.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+};
 
 use thalweg::{actuators, config::Config};
-use thalweg_autoscaler::Actuator as _;
+use thalweg_autoscaler::{Actuator as _, DockerConfig};
 use thalweg_broker::Registry;
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::StoreClient;
 use thalweg_tests::{
     PATIENCE,
-    actuators::{Traits, conforms, processes_of, refuses},
+    actuators::{Traits, conforms, kill, processes_of, refuses},
     cluster::{Cluster, binary},
     connect, eventually,
 };
@@ -87,4 +91,106 @@ async fn agents() {
     drop(actuator);
     next.stop_all().await;
     assert!(processes_of(id).is_empty());
+}
+
+/// An image with the binary under test and the libraries that it names; removed when dropped.
+struct Image(String);
+
+impl Image {
+    /// `None`, with a word about it, where no Docker Engine runs.
+    fn build() -> Option<Self> {
+        let engine = Command::new("docker").args(["version", "--format", "{{.Server.Version}}"]).output();
+        let Some(engine) = engine.ok().filter(|output| output.status.success()) else {
+            eprintln!(
+                "SKIPPED: containers were not tested, because no Docker Engine answers `docker version`"
+            );
+            return None;
+        };
+        eprintln!("Docker Engine {}", String::from_utf8_lossy(&engine.stdout).trim());
+        let name = format!("thalweg-test-{:08x}", rand::random::<u32>());
+        let program = binary();
+        let libraries = Command::new("ldd").arg(&program).output().expect("ldd runs").stdout;
+        let libraries = String::from_utf8(libraries).expect("text");
+        let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+        // Libraries where the loader looks for them, links followed; the binary at the top.
+        let mut archive = Command::new("tar");
+        archive.args(["--create", "--dereference", "--absolute-names", "--file", "-"]);
+        archive.arg(format!("--transform=s,^{},/thalweg,", program.display())).arg(&program).args(libraries);
+        let mut archive = archive.stdout(Stdio::piped()).spawn().expect("tar runs");
+        let mut import = Command::new("docker");
+        import.args(["import", "--change", r#"ENTRYPOINT ["/thalweg"]"#, "-", &name]);
+        import.stdin(archive.stdout.take().expect("an archive")).stdout(Stdio::null());
+        assert!(import.status().is_ok_and(|status| status.success()), "the image was imported");
+        assert!(archive.wait().is_ok_and(|status| status.success()), "the image was packed");
+        Some(Self(name))
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let listed = containers("label=thalweg.deployment", &self.0);
+        let _ = Command::new("docker").args(["rm", "--force"]).args(listed).output();
+        let _ = Command::new("docker").args(["rmi", "--force", &self.0]).output();
+    }
+}
+
+/// Ids of the containers of an image with a label.
+fn containers(label: &str, image: &str) -> Vec<String> {
+    let ancestor = format!("ancestor={image}");
+    let args = ["ps", "--all", "--quiet", "--filter", label, "--filter", &ancestor];
+    let listed = Command::new("docker").args(args).output().expect("docker runs").stdout;
+    String::from_utf8_lossy(&listed).split_whitespace().map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn docker() {
+    let Some(image) = Image::build() else { return };
+    let cluster = Cluster::start(&[]);
+    let mut config = config(&cluster);
+    config.autoscaler.docker = DockerConfig {
+        deployment: image.0.parse().expect("a name"),
+        image: image.0.clone(),
+        network: "host".to_owned(),
+        memory_bytes: 1 << 30,
+        ..DockerConfig::default()
+    };
+    let mut actuator = actuators::docker(&config).await.expect("the engine answers");
+    conforms(&mut actuator, &cluster, Traits { processes: true }).await;
+    assert!(containers("label=thalweg.invoker", &image.0).is_empty(), "all containers were removed");
+
+    // An earlier life leaves one that runs and one that does not.
+    for id in ["runs", "ended"] {
+        actuator.start(id).await.expect("started");
+    }
+    drop(actuator);
+    kill(&processes_of("ended"));
+    let mut next = actuators::docker(&config).await.expect("the engine answers");
+    let mut adopted = Vec::new();
+    eventually("what has ended to be removed", async || {
+        // The engine may not have seen its end before it was adopted.
+        assert!(next.reap().await.iter().all(|id| id == "ended"));
+        adopted.extend(next.adopt().await);
+        containers("label=thalweg.invoker=ended", &image.0).is_empty()
+    })
+    .await;
+    assert!(adopted.contains(&"runs".to_owned()), "{adopted:?}");
+    next.stop_all().await;
+    assert!(processes_of("runs").is_empty());
+    assert!(containers("label=thalweg.invoker", &image.0).is_empty());
+
+    let mut wrong = config.clone();
+    wrong.autoscaler.docker.image = "thalweg-no-such-image".to_owned();
+    let error = refuses(&mut actuators::docker(&wrong).await.expect("the engine answers")).await;
+    assert!(error.is_some_and(|error| error.contains(r#"has no image "thalweg-no-such-image""#)));
+    let mut wrong = config.clone();
+    wrong.autoscaler.docker.network = "thalweg-no-such-network".to_owned();
+    let error = refuses(&mut actuators::docker(&wrong).await.expect("the engine answers")).await;
+    assert!(error.is_some_and(|error| error.contains("thalweg-no-such-network")));
+    let mut wrong = config.clone();
+    wrong.nats.url = "nats://:not a port".to_owned();
+    assert_eq!(refuses(&mut actuators::docker(&wrong).await.expect("the engine answers")).await, None);
+    let mut wrong = config;
+    wrong.autoscaler.docker.socket = "/nonexistent".into();
+    let error = actuators::docker(&wrong).await.expect_err("there is no engine");
+    assert!(error.to_string().contains("/nonexistent"), "{error}");
 }

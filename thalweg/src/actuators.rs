@@ -3,7 +3,9 @@
 use std::{io, path::Path, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Context as _;
-use thalweg_autoscaler::{Actuator, AgentActuator, ExternalActuator, InProcessActuator, ProcessActuator};
+use thalweg_autoscaler::{
+    Actuator, AgentActuator, DockerActuator, ExternalActuator, InProcessActuator, ProcessActuator,
+};
 use thalweg_broker::{Connection, NatsConfig, no_report};
 use thalweg_invoker::CpuScope;
 use thalweg_store::ShardStore;
@@ -22,6 +24,7 @@ pub async fn open(config: &Config, connection: &Connection) -> anyhow::Result<Bo
             Box::new(process(&std::env::current_exe().context("finding this program")?, config))
         }
         config::Actuator::Agent => Box::new(agents(config, connection).await?),
+        config::Actuator::Docker => Box::new(docker(config).await?),
     })
 }
 
@@ -61,6 +64,17 @@ pub async fn agents(config: &Config, connection: &Connection) -> anyhow::Result<
     let dead_after = Duration::from_millis(config.autoscaler.policy.dead_after_ms);
     let opened = AgentActuator::open(connection.clone(), dead_after, drain_timeout(config)).await;
     opened.context("listening for agents")
+}
+
+/// Invokers in containers, with this process's settings for them.
+///
+/// # Errors
+/// When the engine does not answer.
+pub async fn docker(config: &Config) -> anyhow::Result<DockerActuator> {
+    let docker = config.autoscaler.docker.clone();
+    let arguments = arguments(config, docker.nats_url.as_ref().unwrap_or(&config.nats.url));
+    let files = config.nats.credentials.iter().cloned().collect();
+    Ok(DockerActuator::open(docker, arguments, files, drain_timeout(config)).await?)
 }
 
 /// The arguments of an invoker, its id as `{id}`, with this process's settings for it.

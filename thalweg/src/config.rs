@@ -78,6 +78,8 @@ impl Config {
 pub struct Autoscaler {
     /// How invokers are started and stopped.
     pub actuator: Actuator,
+    /// Invokers in containers.
+    pub docker: thalweg_autoscaler::DockerConfig,
     /// The policy.
     pub policy: thalweg_autoscaler::Config,
 }
@@ -93,6 +95,8 @@ pub enum Actuator {
     Process,
     /// On the hosts where a `thalweg agent` runs.
     Agent,
+    /// In containers of a Docker Engine.
+    Docker,
     /// Not at all: whoever runs `thalweg invoker` is given work.
     External,
 }
