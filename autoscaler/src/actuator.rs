@@ -68,6 +68,9 @@ pub enum StartError {
     /// The Docker Engine refuses, or is not there.
     #[error("Docker Engine: {0}")]
     Engine(String),
+    /// Kubernetes refuses, or does not answer.
+    #[error("Kubernetes: {0}")]
+    Kubernetes(String),
 }
 
 /// Starts and stops invokers by some means.
@@ -102,6 +105,15 @@ pub trait Actuator: Send {
     /// autoscaler leads, and not while another one does. Means that end with their autoscaler have none.
     async fn adopt(&mut self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// How many invokers there should be, for means that only take a number: those of which [`Actuator::starts`]
+    /// says that they start none by id. Called often, while this autoscaler leads. Others have nothing to do.
+    ///
+    /// # Errors
+    /// When the number could not be set. It is tried again by later calls.
+    async fn scale(&mut self, _invokers: usize) -> Result<(), StartError> {
+        Ok(())
     }
 
     /// Stops everything that was started here or adopted and waits for it, for a bounded time. What ends

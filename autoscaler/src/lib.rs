@@ -23,6 +23,7 @@ mod decide;
 mod docker;
 mod fleet;
 mod in_process;
+mod kubernetes;
 mod lease;
 pub mod metrics;
 mod place;
@@ -37,6 +38,9 @@ pub use controller::{Action, Controller};
 pub use decide::{Decision, History, Millis, Reason, Sample, decide};
 pub use docker::{DockerActuator, DockerConfig};
 pub use in_process::InProcessActuator;
+#[cfg(feature = "kubernetes")]
+pub use kubernetes::KubernetesActuator;
+pub use kubernetes::KubernetesConfig;
 pub use place::{Candidate, moves, place};
 pub use process::ProcessActuator;
 pub use run::{AutoscalerError, run};

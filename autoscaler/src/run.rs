@@ -340,12 +340,23 @@ impl Shell {
             tracing::info!("placing again");
         }
         let status = self.controller.status();
+        if status.leading {
+            self.scale(status.target).await;
+        }
         metrics::status(&status);
         self.status.send_if_modified(|shown| {
             let changed = *shown != status;
             *shown = status;
             changed
         });
+    }
+
+    async fn scale(&mut self, invokers: usize) {
+        match self.actuator.scale(invokers).await {
+            Ok(()) => {}
+            // Those that last are said again with every attempt, as those of a start are.
+            Err(error) => tracing::warn!(invokers, %error, "not scaled; trying again"),
+        }
     }
 
     async fn step(&mut self) -> Result<(), RegistryError> {

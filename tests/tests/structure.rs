@@ -47,6 +47,7 @@ fn crates_depend_on_each_other_only_as_drawn() {
                 ("sled", "thalweg-store"),
                 ("metrics-exporter-prometheus", "thalweg-telemetry"),
                 ("bollard", "thalweg-autoscaler"),
+                ("kube", "thalweg-autoscaler"),
             ] {
                 assert!(
                     dependency.name != library || package.name.as_str() == owner,

@@ -25,6 +25,7 @@ pub async fn open(config: &Config, connection: &Connection) -> anyhow::Result<Bo
         }
         config::Actuator::Agent => Box::new(agents(config, connection).await?),
         config::Actuator::Docker => Box::new(docker(config).await?),
+        config::Actuator::Kubernetes => kubernetes(config).await?,
     })
 }
 
@@ -75,6 +76,21 @@ pub async fn docker(config: &Config) -> anyhow::Result<DockerActuator> {
     let arguments = arguments(config, docker.nats_url.as_ref().unwrap_or(&config.nats.url));
     let files = config.nats.credentials.iter().cloned().collect();
     Ok(DockerActuator::open(docker, arguments, files, drain_timeout(config)).await?)
+}
+
+/// Invokers as pods of a Deployment that is scaled.
+#[cfg(feature = "kubernetes")]
+async fn kubernetes(config: &Config) -> anyhow::Result<Box<dyn Actuator>> {
+    let config = config.autoscaler.kubernetes.clone();
+    Ok(Box::new(thalweg_autoscaler::KubernetesActuator::open(config).await?))
+}
+
+#[cfg(not(feature = "kubernetes"))]
+async fn kubernetes(_config: &Config) -> anyhow::Result<Box<dyn Actuator>> {
+    anyhow::bail!(
+        "autoscaler.actuator = \"kubernetes\": this binary was built without it; \
+         build it with `--features kubernetes`, or take \"external\""
+    )
 }
 
 /// The arguments of an invoker, its id as `{id}`, with this process's settings for it.

@@ -80,6 +80,8 @@ pub struct Autoscaler {
     pub actuator: Actuator,
     /// Invokers in containers.
     pub docker: thalweg_autoscaler::DockerConfig,
+    /// Invokers in pods.
+    pub kubernetes: thalweg_autoscaler::KubernetesConfig,
     /// The policy.
     pub policy: thalweg_autoscaler::Config,
 }
@@ -97,6 +99,8 @@ pub enum Actuator {
     Agent,
     /// In containers of a Docker Engine.
     Docker,
+    /// As pods of a Deployment that is scaled.
+    Kubernetes,
     /// Not at all: whoever runs `thalweg invoker` is given work.
     External,
 }
