@@ -68,12 +68,14 @@ impl Default for Config {
 const PARTIAL_ENTRIES: usize = 64;
 /// Share of the budget that may be under way in pull requests.
 const PULL_SHARE: usize = 8;
+/// Time beyond the drain for the last words with NATS.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Placement is read again this often, in case a hint was lost.
 const REFRESH: Duration = Duration::from_secs(1);
 /// Records of jobs with waiting contributions are read again this often, for the same reason.
 const JOB_REFRESH: Duration = Duration::from_secs(2);
 
-/// Serves partitions until `shutdown`, then drains.
+/// Serves partitions until `shutdown`, then drains; ends a second after `config.drain_ms` at the latest.
 ///
 /// `scope` says whose CPU time `config.cpu_quota` is about. With a quota below 1 the invoker pauses when it has used
 /// more; it goes on beating meanwhile.
@@ -126,7 +128,19 @@ pub async fn run(
         config,
     };
     report(None);
-    shell.serve(&shutdown).await
+    let drain = Duration::from_millis(shell.config.drain_ms) + FAREWELL;
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        ended = shell.serve(&shutdown) => ended,
+        // Where NATS is gone its words wait for it, and there may be nobody to kill an invoker.
+        () = overdue => {
+            tracing::warn!("could not hand everything over in time; ending all the same");
+            Ok(())
+        }
+    }
 }
 
 async fn open_registry(connection: &Connection, shutdown: &CancellationToken) -> Option<Registry> {

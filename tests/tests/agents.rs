@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::{FutureExt as _, StreamExt as _};
 use thalweg_broker::{Connection, request};
 use thalweg_protocol::{
-    AgentBeat, AgentReply, AgentRequest, ErrorCode, FunctionSpec, Incarnation, Kind, Name, frame, subjects,
+    AgentBeat, AgentReply, AgentRequest, ErrorCode, FunctionSpec, Incarnation, InvokerBeat, Kind, Name,
+    frame, subjects,
 };
 use thalweg_sdk::{Client, Worker};
 use thalweg_tests::{
@@ -181,4 +182,29 @@ async fn commands_can_be_repeated_and_refusals_are_typed() {
     cluster.stop("host");
     agents.invokers("host", 0).await;
     assert!(agents.newest["host"].slots == 0 && processes_of("three").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_invoker_is_left_when_all_else_is_gone() {
+    let cluster = Cluster::start(&["agent.beat_ms=100", "invoker.drain_ms=300"]);
+    let mut agents = Agents::listen(&cluster).await;
+    cluster.agent("host", 1);
+    agents.invokers("host", 0).await;
+    let id = format!("orphan-{:08x}", rand::random::<u32>());
+    let mut beats =
+        agents.connection.client.subscribe(subjects::invoker_beat(&id)).await.expect("subscribed");
+    let start = AgentRequest::Start { invoker: Name::new(id.clone()).expect("a name") };
+    let started = agents.ask(agents.newest["host"].life, start).await;
+    assert!(matches!(started, AgentReply::Done { .. }), "{started:?}");
+    eventually("it to hold partitions", async || {
+        let beat = beats.next().now_or_never().flatten();
+        beat.is_some_and(|beat| {
+            let (beat, _) = frame::open::<InvokerBeat>(Kind::Beat, &beat.payload).expect("a heartbeat");
+            !beat.partitions.is_empty()
+        })
+    })
+    .await;
+    // Agent, autoscaler and nats-server are killed at once: nobody can relieve it, and nobody can stop it.
+    drop(cluster);
+    eventually("the invoker to end by itself", async || processes_of(&id).is_empty()).await;
 }
