@@ -54,6 +54,7 @@ test: build-tested ## run all tests, with fail points, against nats-server 2.15.
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then set -- nextest run; else set -- test --tests; fi; \
 	echo "$(CARGO) $$* --workspace --features thalweg/failpoints"; \
 	$(WITH_TEST_NATS) $(CARGO) "$$@" --workspace --features thalweg/failpoints
+	$(CARGO) test --workspace --features thalweg/failpoints,thalweg/kubernetes --test kubernetes
 	$(CARGO) test --doc --workspace --features thalweg/failpoints
 	$(MAKE) test-python
 
@@ -88,6 +89,7 @@ test-python: python ## run the Python package's tests, and check its types and s
 	cd sdk/python/python && MYPYPATH=. ../../../$(PYTHON_ENV)/bin/python -m mypy.stubtest thalweg._native \
 		--mypy-config-file ../pyproject.toml
 	$(WITH_TEST_NATS) env -C sdk/python ../../$(PYTHON_ENV)/bin/python -m pytest --ignore tests/test_torch.py
+	$(PYTHON_ENV)/bin/python -m pytest deploy/kubernetes
 	@if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then $(MAKE) test-torch; else \
 	echo "SKIPPED: the tests of thalweg.torch, because $(SYSTEM_PYTHON) has no torch (make deps)"; \
 	test -z "$(REQUIRE_TORCH)"; fi
@@ -110,6 +112,7 @@ verify: cargo-deny ## everything CI checks: lock file, format, lints, tests, doc
 	$(CARGO) metadata --locked --format-version 1 >/dev/null
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --package thalweg-autoscaler --package thalweg --features thalweg/kubernetes --all-targets -- -D warnings
 	$(MAKE) test
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 	$(CARGO) deny check bans licenses sources

@@ -149,6 +149,21 @@ impl Controller {
         }
     }
 
+    /// These invokers, started by an earlier autoscaler, are the actuator's to stop from now on. Those that were
+    /// never heard have the time of a start to beat.
+    pub fn adopted(&mut self, ids: &[String], now: Millis) {
+        for id in ids {
+            tracing::info!(invoker = id, "adopted an invoker of an earlier autoscaler");
+            let invoker = Invoker::new(true, Phase::Starting, now);
+            let invoker = self.fleet.members.entry(id.clone()).or_insert(invoker);
+            invoker.own = true;
+            if invoker.phase == Phase::Spare {
+                // It counts again; if it is one too many, it is retired like any other.
+                invoker.enter(Phase::Serving, now);
+            }
+        }
+    }
+
     /// The actuator could not start this invoker.
     pub fn not_started(&mut self, id: &str, now: Millis) {
         if self.fleet.end(id).is_some() {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
+    fmt, io,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -29,9 +29,10 @@ pub struct InProcessActuator<F> {
 
 impl<F> InProcessActuator<F>
 where
-    F: Fn(String, CancellationToken) -> JoinHandle<()> + Send,
+    F: Fn(String, CancellationToken) -> io::Result<JoinHandle<()>> + Send,
 {
-    /// Spawns invokers with `spawn`, which gets the id and the token that stops it.
+    /// Spawns invokers with `spawn`, which gets the id and the token that stops it; its errors are those of
+    /// [`Actuator::start`].
     #[must_use]
     pub fn new(spawn: F, drain_timeout: Duration) -> Self {
         let all = CancellationToken::new();
@@ -49,11 +50,12 @@ impl<F> fmt::Debug for InProcessActuator<F> {
 #[async_trait]
 impl<F> Actuator for InProcessActuator<F>
 where
-    F: Fn(String, CancellationToken) -> JoinHandle<()> + Send,
+    F: Fn(String, CancellationToken) -> io::Result<JoinHandle<()>> + Send,
 {
     async fn start(&mut self, id: &str) -> Result<(), ActuatorError> {
         let token = self.all.child_token();
         let thread = (self.spawn)(id.to_owned(), token.clone());
+        let thread = thread.map_err(|error| ActuatorError::new(id, error.into()))?;
         tracing::info!(invoker = id, "started invoker in this process");
         self.threads.insert(id.to_owned(), (token, thread));
         Ok(())
@@ -100,13 +102,14 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::StartError;
 
-    fn parked(_: String, token: CancellationToken) -> JoinHandle<()> {
-        std::thread::spawn(move || {
+    fn parked(_: String, token: CancellationToken) -> io::Result<JoinHandle<()>> {
+        Ok(std::thread::spawn(move || {
             while !token.is_cancelled() {
                 std::thread::sleep(POLL);
             }
-        })
+        }))
     }
 
     #[tokio::test]
@@ -133,10 +136,10 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_end_and_a_deaf_thread_is_left() {
         let spawn = |id: String, _| {
-            std::thread::spawn(move || match id.as_str() {
+            Ok(std::thread::spawn(move || match id.as_str() {
                 "deaf" => std::thread::sleep(Duration::from_secs(2)),
                 _ => panic!("as the test wants it"),
-            })
+            }))
         };
         let mut actuator = InProcessActuator::new(spawn, Duration::from_millis(100));
         actuator.start("panics").await.unwrap();
@@ -147,5 +150,14 @@ mod tests {
         }
         actuator.stop_all().await;
         assert_eq!(actuator.threads.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_the_system_refuses_is_an_error() {
+        let refuse = |_: String, _: CancellationToken| Err(io::ErrorKind::OutOfMemory.into());
+        let mut actuator = InProcessActuator::new(refuse, Duration::from_secs(1));
+        let error = actuator.start("x").await.unwrap_err();
+        assert!(matches!(error.source, StartError::System(_)), "{error}");
+        assert!(actuator.reap().await.is_empty());
     }
 }

@@ -11,16 +11,21 @@
 //! Invokers that somebody else started (by hand, by an orchestrator, or by an earlier life of the
 //! autoscaler) are adopted: they are used before a new one is started, they are retired after the own
 //! ones (which frees something), and a surplus one keeps running without partitions, because only
-//! whoever started it may stop it.
+//! whoever started it may stop it: this autoscaler can where its actuator reaches what an earlier one has
+//! started ([`Actuator::adopt`]).
 
 mod actuator;
+mod agent;
+mod cgroup;
 mod config;
 mod controller;
 pub mod demand;
+mod docker;
 mod fleet;
 mod history;
 mod in_process;
 mod jobs;
+mod kubernetes;
 mod lease;
 pub mod metrics;
 mod place;
@@ -30,12 +35,17 @@ mod run;
 mod status;
 pub mod trace;
 
-pub use actuator::{Actuator, ActuatorError, ExternalActuator};
+pub use actuator::{Actuator, ActuatorError, ExternalActuator, StartError};
+pub use agent::{AgentActuator, AgentConfig, AgentError, serve_agent};
 pub use config::Config;
 pub use controller::{Action, Controller};
+pub use docker::{DockerActuator, DockerConfig};
 pub use history::{History, Millis, Sample};
 pub use in_process::InProcessActuator;
 pub use jobs::{Demand, Jobs};
+#[cfg(feature = "kubernetes")]
+pub use kubernetes::KubernetesActuator;
+pub use kubernetes::KubernetesConfig;
 pub use place::{Candidate, moves, place};
 pub use policy::{Decision, Elastic, Fixed, Hpa, Keda, Knative, Policy, Reason};
 pub use process::ProcessActuator;

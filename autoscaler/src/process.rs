@@ -9,7 +9,10 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{Actuator, ActuatorError};
+use crate::{
+    Actuator, ActuatorError,
+    cgroup::{Cgroup, Cgroups},
+};
 
 /// Time between looks at children that are being waited for.
 const POLL: Duration = Duration::from_millis(10);
@@ -26,12 +29,18 @@ pub struct ProcessActuator {
     arguments: Vec<String>,
     drain_timeout: Duration,
     kill_on_drop: bool,
+    tied: bool,
+    /// Where the kernel keeps to the quota, and the quota.
+    cgroups: Option<(Cgroups, f64)>,
     children: BTreeMap<String, Started>,
 }
 
 #[derive(Debug)]
 struct Started {
+    /// With the other end of its standard input, where it is tied to us.
     child: Child,
+    /// Goes with it.
+    _cgroup: Option<Cgroup>,
     /// Told to stop; killed after that.
     kill_at: Option<Instant>,
 }
@@ -42,7 +51,15 @@ impl ProcessActuator {
     #[must_use]
     pub fn new(program: impl Into<OsString>, arguments: Vec<String>, drain_timeout: Duration) -> Self {
         let program = program.into();
-        Self { program, arguments, drain_timeout, kill_on_drop: true, children: BTreeMap::new() }
+        Self {
+            program,
+            arguments,
+            drain_timeout,
+            kill_on_drop: true,
+            tied: false,
+            cgroups: None,
+            children: BTreeMap::new(),
+        }
     }
 
     /// Children are left running when the actuator is dropped, instead of being killed: for autoscalers
@@ -50,6 +67,34 @@ impl ProcessActuator {
     #[must_use]
     pub fn leave_running(mut self) -> Self {
         self.kill_on_drop = false;
+        self
+    }
+
+    /// Children get a pipe as standard input, which ends when this process does, however that comes about. A
+    /// program that stops with it (`thalweg invoker --with-stdin`) does not survive this process.
+    ///
+    /// The kernel could also send a signal to the child when its parent ends, but does so already when the
+    /// *thread* ends that had started it; and the end of a pipe leaves an invoker the time to drain.
+    #[must_use]
+    pub fn tied(mut self) -> Self {
+        self.tied = true;
+        self
+    }
+
+    /// Has the kernel keep every child to `cpus` CPUs, all of its threads together, where this process may make
+    /// cgroups of version 2; else that is left to the children. Says in the log which it is.
+    #[must_use]
+    pub fn cpu_quota(mut self, cpus: f64) -> Self {
+        self.cgroups = match Cgroups::of_this_process() {
+            Ok(cgroups) => {
+                tracing::info!(cpus, "the kernel keeps invokers to their CPU quota");
+                Some((cgroups, cpus))
+            }
+            Err(error) => {
+                tracing::info!(cpus, %error, "invokers keep to their CPU quota by themselves");
+                None
+            }
+        };
         self
     }
 
@@ -93,13 +138,22 @@ impl Actuator for ProcessActuator {
             .args(self.arguments.iter().map(|argument| argument.replace("{id}", id)))
             // Through it they would report their own readiness as that of the autoscaler.
             .env_remove("NOTIFY_SOCKET")
-            .stdin(Stdio::null())
+            .stdin(if self.tied { Stdio::piped() } else { Stdio::null() })
             .process_group(0)
             .kill_on_drop(self.kill_on_drop)
             .spawn()
-            .map_err(|source| ActuatorError { id: id.to_owned(), source })?;
+            .map_err(|error| ActuatorError::new(id, error.into()))?;
         tracing::info!(invoker = id, process = child.id(), "started invoker");
-        self.children.insert(id.to_owned(), Started { child, kill_at: None });
+        let confined = self.cgroups.as_ref().zip(child.id()).map(|((cgroups, cpus), process)| {
+            let cgroup = cgroups.make(id, *cpus)?;
+            cgroup.take_in(process).map(|()| cgroup)
+        });
+        let cgroup = confined.transpose().unwrap_or_else(|error| {
+            // It keeps to the quota by itself.
+            tracing::warn!(invoker = id, %error, "an invoker has no cgroup");
+            None
+        });
+        self.children.insert(id.to_owned(), Started { child, _cgroup: cgroup, kill_at: None });
         Ok(())
     }
 
@@ -247,5 +301,35 @@ mod tests {
         assert!(exists(process));
         let process = Pid::from_raw(i32::try_from(process).unwrap()).unwrap();
         kill_process(process, Signal::KILL).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_kernel_keeps_all_threads_to_the_quota_where_it_can() {
+        if let Err(error) = Cgroups::of_this_process() {
+            eprintln!(
+                "SKIPPED: quotas by cgroups were not tested, because this process may not make any: {error}"
+            );
+            return;
+        }
+        // Two threads' worth of work, for as long as it takes to use half a second.
+        let script = "trap 'kill -KILL 0' TERM; (while :; do :; done) & while :; do :; done";
+        let mut actuator = shell(script, Duration::from_secs(5)).cpu_quota(0.2);
+        actuator.start("a").await.unwrap();
+        let (process, begun) = (actuator.process_id("a").unwrap(), Instant::now());
+        let own = std::fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+        assert!(own.trim_end().ends_with("/thalweg-a"), "{own}");
+        let used = || {
+            let (cgroups, _) = actuator.cgroups.as_ref().unwrap();
+            let stat = std::fs::read_to_string(cgroups.path("a").join("cpu.stat")).unwrap();
+            let micros = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap();
+            Duration::from_micros(micros.parse().unwrap())
+        };
+        while used() < Duration::from_millis(500) {
+            tokio::time::sleep(POLL).await;
+        }
+        // A period's worth may be used at once.
+        let most = begun.elapsed().mul_f64(0.2 * 1.05) + Duration::from_millis(20);
+        assert!(used() <= most, "{:?} of at most {most:?}", used());
+        actuator.stop_all().await;
     }
 }

@@ -340,6 +340,9 @@ impl Shell {
             tracing::info!("placing again");
         }
         let status = self.controller.status();
+        if status.leading {
+            self.scale(status.target).await;
+        }
         metrics::status(&status);
         self.status.send_if_modified(|shown| {
             let changed = *shown != status;
@@ -348,12 +351,22 @@ impl Shell {
         });
     }
 
+    async fn scale(&mut self, invokers: usize) {
+        match self.actuator.scale(invokers).await {
+            Ok(()) => {}
+            // Those that last are said again with every attempt, as those of a start are.
+            Err(error) => tracing::warn!(invokers, %error, "not scaled; trying again"),
+        }
+    }
+
     async fn step(&mut self) -> Result<(), RegistryError> {
         for _ in 0..PLACE_ATTEMPTS {
             let current = self.placement.as_ref().is_some_and(|known| known.read.elapsed() < REREAD);
             if !current || !self.controller.leads() {
                 self.read_placement().await?;
             }
+            let adopted = self.actuator.adopt().await;
+            self.controller.adopted(&adopted, self.clock.now());
             // Every action is performed, whatever becomes of the others: the controller counts on it.
             let mut placed = Ok(true);
             for action in self.controller.step(self.clock.now()) {

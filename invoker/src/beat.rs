@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use thalweg_protocol::{Epoch, InvokerBeat, InvokerState, JobLoad, Partition};
 
-use crate::quota::thread_cpu;
+use crate::quota::CpuScope;
 
 /// Measures how busy an invoker is and how fast it serves while busy.
 ///
@@ -13,6 +13,7 @@ use crate::quota::thread_cpu;
 #[derive(Debug)]
 pub(crate) struct Busyness {
     cpus: f64,
+    scope: CpuScope,
     since: Instant,
     used_at: Duration,
     folded: u64,
@@ -25,11 +26,11 @@ const SMOOTHING: f64 = 0.3;
 const MUCH_WORK: f64 = 4.0 * 1024.0 * 1024.0;
 
 impl Busyness {
-    /// Of the current thread, which may use this many CPUs.
-    pub(crate) fn new(cpus: f64) -> Self {
-        // A thread cannot use more than one.
+    /// Of an invoker that may use this many CPUs.
+    pub(crate) fn new(cpus: f64, scope: CpuScope) -> Self {
+        // Its work is one thread's.
         let cpus = cpus.clamp(0.01, 1.0);
-        Self { cpus, since: Instant::now(), used_at: thread_cpu(), folded: 0, rate: 0.0 }
+        Self { cpus, scope, since: Instant::now(), used_at: scope.used(), folded: 0, rate: 0.0 }
     }
 
     /// Notes bytes of contributions folded.
@@ -39,7 +40,7 @@ impl Busyness {
 
     /// Share of time busy since the last call, and the service rate in bytes per busy second.
     fn take(&mut self) -> (f64, f64) {
-        let (now, used) = (Instant::now(), thread_cpu());
+        let (now, used) = (Instant::now(), self.scope.used());
         let elapsed = (now - self.since).as_secs_f64().max(1e-9);
         let busy = used.saturating_sub(self.used_at).as_secs_f64() / self.cpus;
         let folded = std::mem::take(&mut self.folded) as f64;
@@ -98,9 +99,10 @@ mod tests {
 
     #[test]
     fn busy_is_the_share_of_the_quota() {
-        let mut busyness = Busyness::new(0.5);
-        let begun = thread_cpu();
-        while thread_cpu() - begun < Duration::from_millis(20) {
+        let scope = CpuScope::Thread;
+        let mut busyness = Busyness::new(0.5, scope);
+        let begun = scope.used();
+        while scope.used() - begun < Duration::from_millis(20) {
             busyness.folded(1);
         }
         let (busy, rate) = busyness.take();

@@ -18,4 +18,5 @@ mod run;
 pub use fold::{FoldContext, fold};
 pub use job::Job;
 pub use partition::{Holding, Takeover, TakeoverError, clear_suspect, take_over};
+pub use quota::CpuScope;
 pub use run::{Config, run};

@@ -24,7 +24,7 @@ use crate::{
     holdings::{Delivered, Holdings},
     metrics,
     partition::{Takeover, TakeoverError},
-    quota::Quota,
+    quota::{CpuScope, Quota},
 };
 
 /// Settings of one invoker.
@@ -68,12 +68,17 @@ impl Default for Config {
 const PARTIAL_ENTRIES: usize = 64;
 /// Share of the budget that may be under way in pull requests.
 const PULL_SHARE: usize = 8;
+/// Time beyond the drain for the last words with NATS.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Placement is read again this often, in case a hint was lost.
 const REFRESH: Duration = Duration::from_secs(1);
 /// Records of jobs with waiting contributions are read again this often, for the same reason.
 const JOB_REFRESH: Duration = Duration::from_secs(2);
 
-/// Serves partitions until `shutdown`, then drains.
+/// Serves partitions until `shutdown`, then drains; ends a second after `config.drain_ms` at the latest.
+///
+/// `scope` says whose CPU time `config.cpu_quota` is about. With a quota below 1 the invoker pauses when it has used
+/// more; it goes on beating meanwhile.
 ///
 /// Runs on a current-thread runtime: its future is not `Send`. May be dropped (or killed) at any
 /// moment without harm to any round.
@@ -84,6 +89,7 @@ pub async fn run(
     config: Config,
     connection: Connection,
     store: Arc<dyn ShardStore>,
+    scope: CpuScope,
     report: Report,
     shutdown: CancellationToken,
 ) -> Result<(), async_nats::Error> {
@@ -110,8 +116,8 @@ pub async fn run(
         holdings: Holdings::new(id.clone(), config.drain_ms),
         started: Instant::now(),
         work: FuturesUnordered::new(),
-        busyness: Busyness::new(config.cpu_quota),
-        quota: Quota::new(config.cpu_quota),
+        busyness: Busyness::new(config.cpu_quota, scope),
+        quota: Quota::new(config.cpu_quota, scope),
         state: InvokerState::Ready,
         placement: Placement::default(),
         id,
@@ -122,7 +128,19 @@ pub async fn run(
         config,
     };
     report(None);
-    shell.serve(&shutdown).await
+    let drain = Duration::from_millis(shell.config.drain_ms) + FAREWELL;
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        ended = shell.serve(&shutdown) => ended,
+        // Where NATS is gone its words wait for it, and there may be nobody to kill an invoker.
+        () = overdue => {
+            tracing::warn!("could not hand everything over in time; ending all the same");
+            Ok(())
+        }
+    }
 }
 
 async fn open_registry(connection: &Connection, shutdown: &CancellationToken) -> Option<Registry> {
@@ -190,7 +208,14 @@ impl Shell {
         loop {
             let debt = self.quota.debt();
             if !debt.is_zero() {
-                tokio::time::sleep(debt).await;
+                // Whoever pauses is not dead, and may be told to stop.
+                tokio::select! {
+                    biased;
+                    _ = beats.tick() => self.beat().await,
+                    () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => self.drain().await,
+                    () = tokio::time::sleep(debt) => {}
+                }
+                continue;
             }
             let now_ms = self.elapsed();
             let drained_in = self.holdings.drain_until();
@@ -228,12 +253,7 @@ impl Shell {
                     let active: Vec<_> = self.core.active_jobs().cloned().collect();
                     active.into_iter().for_each(|key| self.look_up(key));
                 }
-                () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => {
-                    tracing::info!("draining");
-                    self.state = InvokerState::Draining;
-                    self.beat().await;
-                    self.holdings.drain(self.elapsed());
-                }
+                () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => self.drain().await,
                 () = tokio::time::sleep(drained_in.unwrap_or_default()), if drained_in.is_some() => {}
             }
             let steps = self.holdings.settle(|partition| self.core.is_quiet(partition), self.elapsed());
@@ -315,6 +335,14 @@ impl Shell {
             Done::Placement(Err(error)) => error.log("placement not read"),
             Done::Nothing => {}
         }
+    }
+
+    /// Begins to leave.
+    async fn drain(&mut self) {
+        tracing::info!("draining");
+        self.state = InvokerState::Draining;
+        self.beat().await;
+        self.holdings.drain(self.elapsed());
     }
 
     /// Somebody wrote to the registry.

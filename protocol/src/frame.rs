@@ -51,6 +51,12 @@ pub enum Kind {
     Beat = 9,
     /// [`crate::Nudge`], in the work queue of a shard.
     Nudge = 10,
+    /// [`crate::AgentBeat`].
+    AgentBeat = 11,
+    /// [`crate::AgentRequest`].
+    AgentRequest = 12,
+    /// [`crate::AgentReply`].
+    AgentReply = 13,
 }
 
 #[derive(Serialize)]

@@ -5,6 +5,7 @@
 //! prelude with wire version and checksum, a header, and a payload that is borrowed, never copied,
 //! when the frame is opened.
 
+mod agents;
 mod error;
 mod event;
 pub mod frame;
@@ -21,6 +22,7 @@ pub mod snapshot;
 mod spec;
 pub mod subjects;
 
+pub use agents::{AgentBeat, AgentReply, AgentRequest};
 pub use error::{ErrorCode, WireError};
 pub use event::{Event, EventKind};
 pub use frame::{FrameBuilder, FrameError, Kind, WIRE_VERSION, checksum};

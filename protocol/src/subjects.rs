@@ -1,6 +1,6 @@
 //! NATS subjects, streams and buckets.
 
-use crate::{Epoch, JobKey, Name, Partition, Rank, StoreId};
+use crate::{Epoch, Incarnation, JobKey, Name, Partition, Rank, StoreId};
 
 /// Bucket of the registry.
 pub const REGISTRY_BUCKET: &str = "thalweg";
@@ -18,6 +18,8 @@ pub const API: &str = "thalweg.api";
 pub const WORKER_BEAT: &str = "thalweg.beat.worker";
 /// Heartbeats of all invokers.
 pub const INVOKER_BEATS: &str = "thalweg.beat.invoker.*";
+/// Heartbeats of all agents.
+pub const AGENT_BEATS: &str = "thalweg.beat.agent.*";
 /// Queue group in which gateways share requests.
 pub const GATEWAY_GROUP: &str = "gateway";
 
@@ -99,6 +101,18 @@ pub fn store(id: StoreId) -> String {
 #[must_use]
 pub fn invoker_beat(invoker: &str) -> String {
     format!("thalweg.beat.invoker.{invoker}")
+}
+
+/// Heartbeats of one life of an agent.
+#[must_use]
+pub fn agent_beat(life: Incarnation) -> String {
+    format!("thalweg.beat.agent.{life}")
+}
+
+/// Requests to one life of an agent.
+#[must_use]
+pub fn agent(life: Incarnation) -> String {
+    format!("thalweg.agent.{life}")
 }
 
 /// Core subject on which writes to a registry key can be heard (a hint, not the truth: read the

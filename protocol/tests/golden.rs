@@ -17,13 +17,14 @@ use std::{
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
-    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member,
-    Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit,
-    PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting,
-    Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply,
-    StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
+    AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
+    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init,
+    InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind,
+    Layout, Lease, Ledger, Life, Member, Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup,
+    Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader,
+    Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
+    StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef,
+    checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -536,8 +537,40 @@ fn records() -> Vec<Golden> {
     goldens
 }
 
+fn agents() -> Vec<Golden> {
+    let invoker = || "auto-0badcafe".parse().unwrap();
+    let beat = AgentBeat {
+        agent: "host-a".into(),
+        life: WORKER,
+        slots: 8,
+        changes: 300,
+        invokers: vec![invoker(), "auto-1".parse().unwrap()],
+    };
+    let requests = [AgentRequest::Start { invoker: invoker() }, AgentRequest::Stop { invoker: invoker() }]
+        .map(|request| {
+            // A variant without an arm does not compile: give it one, and a value above.
+            let name = match request {
+                AgentRequest::Start { .. } => "agent_request_start",
+                AgentRequest::Stop { .. } => "agent_request_stop",
+            };
+            golden(name, Kind::AgentRequest, request, &[])
+        });
+    let replies = [AgentReply::Done { changes: 300 }, AgentReply::Error(error())].map(|reply| {
+        let name = match reply {
+            AgentReply::Done { .. } => "agent_reply_done",
+            AgentReply::Error(_) => "agent_reply_error",
+        };
+        golden(name, Kind::AgentReply, reply, &[])
+    });
+    let beat = golden("agent_beat", Kind::AgentBeat, beat, &[]);
+    requests.into_iter().chain(replies).chain([beat]).collect()
+}
+
 fn goldens() -> Vec<Golden> {
-    [workers_and_results(), store_messages(), api_messages(), records()].into_iter().flatten().collect()
+    [workers_and_results(), store_messages(), api_messages(), records(), agents()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn folder() -> PathBuf {
@@ -621,11 +654,12 @@ fn frames_of_older_wire_versions_are_told_apart() {
 #[test]
 fn every_kind_has_golden_bytes() {
     let kinds: BTreeSet<_> = goldens().iter().map(|golden| golden.bytes[2]).collect();
-    assert_eq!(kinds, (1..=10).collect());
+    assert_eq!(kinds, (1..=13).collect());
     // A new kind does not compile here: then raise the number above, too.
     match Kind::Record {
         Kind::Gradient | Kind::Result | Kind::Reject | Kind::StoreRequest | Kind::StoreReply => {}
         Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat | Kind::Nudge => {}
+        Kind::AgentBeat | Kind::AgentRequest | Kind::AgentReply => {}
     }
 }
 

@@ -129,6 +129,16 @@ impl Cluster {
         self.shared.spawn(id, &["invoker", "--id", id], failpoints, false);
     }
 
+    /// Starts an agent called `name` for at most `most` invokers; it is not started again when it dies.
+    pub fn agent(&self, name: &str, most: u32) {
+        self.shared.spawn(name, &["agent", "--name", name, "--max-invokers", &most.to_string()], "", false);
+    }
+
+    /// Starts the gateway or the autoscaler again, after [`Cluster::kill`] or [`Cluster::stop`].
+    pub fn start_again(&self, role: &str) {
+        self.shared.spawn(role, &[role], "", true);
+    }
+
     /// Starts the store again, with fail points for its next life only.
     pub fn restart_store(&self, failpoints: &str) {
         self.kill("store");
@@ -159,6 +169,16 @@ impl Cluster {
         let asked = Command::new("kill").args(["-TERM", &process.child.id().to_string()]).status();
         assert!(asked.is_ok_and(|status| status.success()), "{name} can be told to end");
         let _ = process.child.wait();
+    }
+
+    /// The id of a process that was started last under a name.
+    ///
+    /// # Panics
+    /// When none was.
+    #[must_use]
+    pub fn process(&self, name: &str) -> u32 {
+        let pid = fs::read_to_string(self.directory().join(format!("{name}.pid"))).expect("it was started");
+        pid.parse().expect("a process id")
     }
 
     /// Whether a process runs.

@@ -1,9 +1,10 @@
 //! Harness of the whole-system tests.
 //!
-//! [`cluster`] runs every component as a process of its own, beside a real nats-server, and starts them
+//! [`actuators`] holds every actuator to what the trait promises. [`cluster`] runs every component as a process of its own, beside a real nats-server, and starts them
 //! again when they die. [`command`] runs the binary as a user does. [`embedded`] runs the embedded service in the test's process. [`training`] is a
 //! job whose every result can be recomputed bit for bit.
 
+pub mod actuators;
 pub mod cluster;
 pub mod command;
 pub mod embedded;

@@ -43,9 +43,12 @@ fn crates_depend_on_each_other_only_as_drawn() {
                 dependency.name
             );
             // One owner for each of these.
-            for (library, owner) in
-                [("sled", "thalweg-store"), ("metrics-exporter-prometheus", "thalweg-telemetry")]
-            {
+            for (library, owner) in [
+                ("sled", "thalweg-store"),
+                ("metrics-exporter-prometheus", "thalweg-telemetry"),
+                ("bollard", "thalweg-autoscaler"),
+                ("kube", "thalweg-autoscaler"),
+            ] {
                 assert!(
                     dependency.name != library || package.name.as_str() == owner,
                     "only {owner} may know {library}, not {}",

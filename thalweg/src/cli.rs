@@ -32,6 +32,8 @@ enum Command {
     Invoker(InvokerArgs),
     /// Starts and stops invokers by queue depth, and places partitions on them
     Autoscaler(Common),
+    /// Runs invokers on this host for an autoscaler elsewhere (autoscaler.actuator = "agent")
+    Agent(AgentArgs),
     /// Create, show, pause, change, snapshot, restore and remove jobs
     #[command(subcommand)]
     Job(admin::JobCommand),
@@ -126,6 +128,21 @@ struct InvokerArgs {
     /// Id; two invokers must not share one
     #[arg(long)]
     id: Option<String>,
+    /// Drain and stop when standard input ends: with the program that started this, however that ends
+    #[arg(long)]
+    with_stdin: bool,
+}
+
+#[derive(Debug, Args)]
+struct AgentArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Its name in logs [default: the host's]
+    #[arg(long)]
+    name: Option<String>,
+    /// Most invokers at once
+    #[arg(long)]
+    max_invokers: Option<u32>,
 }
 
 impl Common {
@@ -209,11 +226,17 @@ impl Cli {
                 let Some((config, loader)) = args.common.load(&id)? else { return Ok(()) };
                 // One invoker is one thread: its CPU quota is measured on it.
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(services::invoker(config, loader))
+                runtime.block_on(services::invoker(config, loader, args.with_stdin))
             }
             Command::Autoscaler(common) => {
                 let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
                 runtime()?.block_on(services::autoscaler(config, loader))
+            }
+            Command::Agent(args) => {
+                let most = args.max_invokers.map(|most| most.to_string());
+                let more = [("agent.name", args.name), ("agent.max_invokers", most)];
+                let Some((config, loader)) = args.common.load(&more)? else { return Ok(()) };
+                runtime()?.block_on(services::agent(config, loader))
             }
             Command::Job(command) => runtime()?.block_on(admin::job(command)),
             Command::Status(target) => runtime()?.block_on(admin::status(target)),

@@ -22,6 +22,8 @@ pub struct Config {
     pub invoker: thalweg_invoker::Config,
     /// The autoscaler.
     pub autoscaler: Autoscaler,
+    /// Agents: those that run invokers on their hosts for an autoscaler elsewhere.
+    pub agent: thalweg_autoscaler::AgentConfig,
     /// The embedded broker of `thalweg up`.
     pub embedded: Embedded,
     /// Health, metrics, and the log filter.
@@ -76,6 +78,10 @@ impl Config {
 pub struct Autoscaler {
     /// How invokers are started and stopped.
     pub actuator: Actuator,
+    /// Invokers in containers.
+    pub docker: thalweg_autoscaler::DockerConfig,
+    /// Invokers in pods.
+    pub kubernetes: thalweg_autoscaler::KubernetesConfig,
     /// The policy.
     pub policy: thalweg_autoscaler::Config,
 }
@@ -89,6 +95,12 @@ pub enum Actuator {
     Auto,
     /// As processes on this host.
     Process,
+    /// On the hosts where a `thalweg agent` runs.
+    Agent,
+    /// In containers of a Docker Engine.
+    Docker,
+    /// As pods of a Deployment that is scaled.
+    Kubernetes,
     /// Not at all: whoever runs `thalweg invoker` is given work.
     External,
 }

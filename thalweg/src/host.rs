@@ -104,3 +104,13 @@ fn allow_many_files() {
         }
     }
 }
+
+/// Cancels `shutdown` when standard input ends: with the program at its other end, however that ends.
+pub(crate) fn end_with_stdin(shutdown: CancellationToken) {
+    // A thread of its own, which nothing waits for: a read of standard input cannot be cancelled.
+    std::thread::spawn(move || {
+        // An input that cannot be read has ended.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        shutdown.cancel();
+    });
+}

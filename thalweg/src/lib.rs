@@ -1,6 +1,7 @@
 //! The one binary of Thalweg, as a library: configuration, the services' hosts, the embedded broker,
 //! the demo and the benchmarks. `main.rs` only parses arguments.
 
+pub mod actuators;
 mod admin;
 pub mod bench;
 pub mod cli;

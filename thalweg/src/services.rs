@@ -3,16 +3,17 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use thalweg_autoscaler::{Actuator, ExternalActuator, ProcessActuator};
 use thalweg_broker::{Connection, Registry, Report};
+use thalweg_invoker::CpuScope;
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::{LocalStore, OpenOptions, ShardStore, StoreClient};
 use thalweg_telemetry::config::Loader;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{self, Config},
-    host::Host,
+    actuators,
+    config::Config,
+    host::{Host, end_with_stdin},
 };
 
 /// Connects; `None` when told to stop before NATS was there.
@@ -65,16 +66,20 @@ pub async fn store(config: Config, loader: Loader) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `thalweg invoker`.
+/// `thalweg invoker`. With `with_stdin` it runs no longer than standard input lasts.
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn invoker(config: Config, loader: Loader) -> anyhow::Result<()> {
+pub async fn invoker(config: Config, loader: Loader, with_stdin: bool) -> anyhow::Result<()> {
     let host = Host::open(&config, loader, &["invoker"], &["nats", "invoker", "admin", "log"]).await?;
+    if with_stdin {
+        end_with_stdin(host.shutdown.clone());
+    }
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
-            thalweg_invoker::run(config.invoker, connection, store, report, host.shutdown.clone())
+            let (scope, shutdown) = (CpuScope::Process, host.shutdown.clone());
+            thalweg_invoker::run(config.invoker, connection, store, scope, report, shutdown)
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
         }
@@ -127,13 +132,7 @@ pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
     let sections = &["nats", "streams", "autoscaler", "invoker", "admin", "log"];
     let host = Host::open(&config, loader, &["autoscaler"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
-        let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
-            config::Actuator::External => Box::new(ExternalActuator),
-            config::Actuator::Auto | config::Actuator::Process => {
-                let program = std::env::current_exe().context("finding this program")?;
-                Box::new(process_actuator(&program, &config))
-            }
-        };
+        let actuator = actuators::open(&config, &connection).await?;
         let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
         let report = host.report("autoscaler");
         let policy = host.live.policy();
@@ -145,27 +144,24 @@ pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Invokers as children of this process, with this process's settings for them.
-pub(crate) fn process_actuator(program: &Path, config: &Config) -> ProcessActuator {
-    let invoker = &config.invoker;
-    let sets = [
-        ("invoker.cpu_quota", format!("{:?}", invoker.cpu_quota)),
-        ("invoker.memory_bytes", invoker.memory_bytes.to_string()),
-        ("invoker.invocations", invoker.invocations.to_string()),
-        ("invoker.beat_ms", invoker.beat_ms.to_string()),
-        ("invoker.drain_ms", invoker.drain_ms.to_string()),
-        ("log.filter", config.log.filter.clone()),
-        ("log.format", config.log.format.to_string()),
-    ];
-    let credentials =
-        config.nats.credentials.iter().map(|path| ("nats.credentials", path.display().to_string()));
-    let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
-    args.push("127.0.0.1:0".into());
-    args.extend(["--nats-url".into(), config.nats.url.clone()]);
-    for (key, value) in sets.into_iter().chain(credentials) {
-        args.extend(["--set".into(), format!("{key}={value}")]);
+/// `thalweg agent`.
+///
+/// # Errors
+/// What waiting cannot cure.
+pub async fn agent(config: Config, loader: Loader) -> anyhow::Result<()> {
+    // Those of the invokers are handed to each that is started.
+    let sections = &["nats", "agent", "invoker", "admin", "log"];
+    let host = Host::open(&config, loader, &["agent"], sections).await?;
+    if let Some(connection) = connect(&config, "thalweg-agent", &host).await? {
+        let program = std::env::current_exe().context("finding this program")?;
+        let actuator = Box::new(actuators::tied_process(&program, &config));
+        let name = match config.agent.name.as_str() {
+            "" => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            name => name.to_owned(),
+        };
+        let (report, shutdown) = (host.report("agent"), host.shutdown.clone());
+        thalweg_autoscaler::serve_agent(config.agent, name, connection, actuator, report, shutdown).await?;
     }
-    let drain = Duration::from_millis(config.autoscaler.policy.drain_timeout_ms);
-    let actuator = ProcessActuator::new(program, args, drain);
-    if config.autoscaler.policy.drain_on_shutdown { actuator } else { actuator.leave_running() }
+    host.close().await;
+    Ok(())
 }

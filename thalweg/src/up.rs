@@ -3,16 +3,16 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use thalweg_autoscaler::{Actuator, ExternalActuator, InProcessActuator, Status};
-use thalweg_broker::{Connection, NatsConfig, no_report};
-use thalweg_store::{LocalStore, ShardStore};
+use thalweg_autoscaler::{Actuator, Status};
+use thalweg_broker::{Connection, NatsConfig};
 use thalweg_telemetry::{config::Loader, systemd};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    actuators,
     config::{self, Config},
-    host::Host,
+    host::{Host, end_with_stdin},
     nats,
     reload::{Live, Reload},
     services,
@@ -29,13 +29,7 @@ pub async fn main(config: Config, loader: Loader, with_stdin: bool) -> anyhow::R
     let shutdown = CancellationToken::new();
     thalweg_telemetry::shutdown::signals(shutdown.clone())?;
     if with_stdin {
-        let shutdown = shutdown.clone();
-        // A thread of its own, which nothing waits for: a read of standard input cannot be cancelled.
-        std::thread::spawn(move || {
-            // An input that cannot be read has ended.
-            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-            shutdown.cancel();
-        });
+        end_with_stdin(shutdown.clone());
     }
     let live = Live::new(&config);
     // All but [nats]: its address is that of the embedded one.
@@ -122,7 +116,10 @@ impl Service {
         let (status_sender, status) = watch::channel(Status::default());
         let autoscaler_token = CancellationToken::new();
         let autoscaler = {
-            let actuator = actuator(&config, local)?;
+            let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
+                config::Actuator::Auto => Box::new(actuators::in_process(&config, Arc::new(local))),
+                _ => actuators::open(&config, &connection).await?,
+            };
             let (streams, report) = (config.streams.clone(), host.report("autoscaler"));
             let (policy, token) = (host.live.policy(), autoscaler_token.clone());
             supervise("autoscaler", failure, async move {
@@ -253,58 +250,4 @@ async fn look_after(
             _ => {}
         }
     }
-}
-
-fn actuator(config: &Config, store: LocalStore) -> anyhow::Result<Box<dyn Actuator>> {
-    Ok(match config.autoscaler.actuator {
-        config::Actuator::External => Box::new(ExternalActuator),
-        config::Actuator::Process => {
-            let program = std::env::current_exe().context("finding this program")?;
-            Box::new(services::process_actuator(&program, config))
-        }
-        config::Actuator::Auto => {
-            let (nats, invoker) = (config.nats.clone(), config.invoker.clone());
-            let store: Arc<dyn ShardStore> = Arc::new(store);
-            let drain = Duration::from_millis(config.autoscaler.policy.drain_timeout_ms);
-            let spawn = move |id: String, token: CancellationToken| {
-                let (nats, store) = (nats.clone(), store.clone());
-                let config = thalweg_invoker::Config { id: id.clone(), ..invoker.clone() };
-                std::thread::Builder::new()
-                    .name(id)
-                    .spawn(move || in_process(config, &nats, store, &token))
-                    .unwrap_or_else(|error| panic!("the system has no thread for an invoker: {error}"))
-            };
-            Box::new(InProcessActuator::new(spawn, drain))
-        }
-    })
-}
-
-/// One invoker on a thread of its own.
-fn in_process(
-    config: thalweg_invoker::Config,
-    nats: &NatsConfig,
-    store: Arc<dyn ShardStore>,
-    token: &CancellationToken,
-) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "an invoker could not start");
-            return;
-        }
-    };
-    runtime.block_on(async {
-        let connection = match Connection::open(&config.id, nats, token).await {
-            Ok(Some(connection)) => connection,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::error!(%error, "an invoker could not connect");
-                return;
-            }
-        };
-        if let Err(error) = thalweg_invoker::run(config, connection, store, no_report(), token.clone()).await
-        {
-            tracing::warn!(%error, "an invoker ended");
-        }
-    });
 }

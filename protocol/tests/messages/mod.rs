@@ -9,13 +9,14 @@ use proptest::{
     prelude::*,
 };
 use thalweg_protocol::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
-    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member,
-    Mode, Name, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit,
-    PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting,
-    Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply,
-    StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
+    AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
+    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init,
+    InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind,
+    Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound, Origin,
+    ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
+    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
+    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef,
+    frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -83,6 +84,15 @@ messages! {
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
     Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
+    AgentBeat: AgentBeat, agent_beat();
+    AgentRequest: AgentRequest, (BOOL, name()).prop_map(|(start, invoker)| match start {
+        true => AgentRequest::Start { invoker },
+        false => AgentRequest::Stop { invoker },
+    });
+    AgentReply: AgentReply, prop_oneof![
+        U64.prop_map(|changes| AgentReply::Done { changes }),
+        wire_error().prop_map(AgentReply::Error),
+    ];
 }
 
 /// Any text, with some characters of several bytes, long enough for every length marker but `str32`.
@@ -515,6 +525,12 @@ fn suspect() -> impl Strategy<Value = Suspect> {
         attempt,
         invoker,
     })
+}
+
+fn agent_beat() -> impl Strategy<Value = AgentBeat> {
+    (text(), incarnation(), U32, U64, vec(name(), 0..20)).prop_map(
+        |(agent, life, slots, changes, invokers)| AgentBeat { agent, life, slots, changes, invokers },
+    )
 }
 
 fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
