@@ -1,9 +1,12 @@
 //! The shell around the core: one task that moves events in and actions out.
 
+mod handover;
 mod perform;
 mod steps;
 
 use std::{
+    cell::Cell,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -26,6 +29,7 @@ use crate::{
     partition::{Takeover, TakeoverError},
     quota::Quota,
 };
+use handover::Handovers;
 
 /// Settings of one invoker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,8 +110,11 @@ pub async fn run(
         core: Core::new(limits),
         pull_bytes: config.memory_bytes / PULL_SHARE,
         starved: false,
+        delivered_bytes: 0,
+        read_again_bytes: Rc::default(),
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
         holdings: Holdings::new(id.clone(), config.drain_ms),
+        handovers: Handovers::new(),
         started: Instant::now(),
         work: FuturesUnordered::new(),
         busyness: Busyness::new(),
@@ -145,6 +152,8 @@ enum Done {
     /// A fold has ended, of so many bytes.
     Folded(Event, u64),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
+    /// This consumer of ours is gone.
+    Released(String),
     Placement(Result<Placement, RegistryError>),
     Nothing,
 }
@@ -158,6 +167,7 @@ struct Shell {
     core: Core,
     inbox: String,
     holdings: Holdings,
+    handovers: Handovers,
     /// Time for the holdings: it must not jump with the system's clock.
     started: Instant,
     work: FuturesUnordered<LocalBoxFuture<'static, Done>>,
@@ -166,6 +176,9 @@ struct Shell {
     state: InvokerState,
     placement: Placement,
     pull_bytes: usize,
+    /// Bytes of messages delivered, and of those read back from their stream for a fold.
+    delivered_bytes: u64,
+    read_again_bytes: Rc<Cell<u64>>,
     /// A pull was held back while too much waited for look-ups.
     starved: bool,
     /// Moving average of message sizes, to turn bytes of credit into messages.
@@ -181,6 +194,7 @@ impl Shell {
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), async_nats::Error> {
         let client = self.connection.client.clone();
         let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
+        let mut asked = client.subscribe(subjects::handover(self.handovers.life())).await?;
         let mut hints = client.subscribe(subjects::registry_hint(">")).await?;
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
@@ -194,18 +208,20 @@ impl Shell {
                 tokio::time::sleep(debt).await;
             }
             let now_ms = self.elapsed();
-            let drained_in = self.holdings.drain_until();
-            let drained_in = drained_in.map(|until| Duration::from_millis(until.saturating_sub(now_ms)));
+            let settle_in = self.holdings.settle_at();
+            let settle_in = settle_in.map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let tick = self.core.next_tick().map(|at| Duration::from_millis(at.saturating_sub(now())));
             tokio::select! {
                 // Ends of invocations first: they free memory and unblock workers.
                 biased;
                 Some(done) = self.work.next() => self.done(done).await,
+                // Then what is rare, or a backlog would hold it up.
+                Some(message) = asked.next() => self.asked_for(message),
+                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
                 message = deliveries.next() => match message {
                     Some(message) => self.message(message).await,
                     None => return Err("the connection to NATS was closed".into()),
                 },
-                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
                 changed = connects.changed() => {
                     if changed.is_err() {
                         return Err("the connection to NATS was closed".into());
@@ -235,15 +251,18 @@ impl Shell {
                     self.beat().await;
                     self.holdings.drain(self.elapsed());
                 }
-                () = tokio::time::sleep(drained_in.unwrap_or_default()), if drained_in.is_some() => {}
+                () = tokio::time::sleep(settle_in.unwrap_or_default()), if settle_in.is_some() => {}
             }
-            let steps = self.holdings.settle(|partition| self.core.is_quiet(partition), self.elapsed());
+            let steps = self.holdings.settle(|partition| self.core.rest(partition), self.elapsed());
             self.step(steps).await;
+            self.answer_handovers().await;
             self.pull_again().await;
-            if self.holdings.is_drained() {
+            if self.holdings.is_drained() && !self.handovers.are_under_way() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
                 let _ = client.flush().await;
+                let read_again_bytes = self.read_again_bytes.get();
+                tracing::info!(delivered_bytes = self.delivered_bytes, read_again_bytes, "invoker ends");
                 return Ok(());
             }
         }
@@ -269,6 +288,8 @@ impl Shell {
             return;
         }
         let context = self.connection.jetstream.clone();
+        // Also what comes too late for a consumer that is no longer ours: it is delivered again.
+        self.delivered_bytes += message.payload.len() as u64;
         let message = jetstream::Message { message, context };
         let Ok(info) = message.info() else {
             tracing::warn!(subject = %message.subject, "a message without JetStream's metadata was ignored");
@@ -304,7 +325,9 @@ impl Shell {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;
             }
+            Done::Released(consumer) => self.released(&consumer).await,
             Done::Took(partition, epoch, result) => {
+                handover::note(partition, epoch, &result);
                 let steps = self.holdings.took(partition, epoch, result, self.elapsed());
                 self.step(steps).await;
             }

@@ -51,6 +51,10 @@ pub enum Kind {
     Beat = 9,
     /// [`crate::Nudge`], in the work queue of a shard.
     Nudge = 10,
+    /// [`crate::Handover`], from one invoker to another.
+    Handover = 11,
+    /// [`crate::HandedOver`].
+    HandedOver = 12,
 }
 
 #[derive(Serialize)]

@@ -31,9 +31,9 @@ pub use ids::{
 pub use layout::{Layout, offsets, partition_of};
 pub use ledger::{Head, Ledger, Partial, RankSet};
 pub use messages::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, JobCommand, JobSummary, MAX_HEADS,
-    Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange, StoreJob, StoreReply,
-    StoreRequest, WorkerRef,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, HandedOver, Handover, JobCommand,
+    JobSummary, MAX_HEADS, Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange,
+    StoreJob, StoreReply, StoreRequest, WorkerRef,
 };
 pub use records::{
     InvokerBeat, InvokerState, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,

@@ -18,12 +18,12 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
-    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode,
-    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
-    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
-    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
-    Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
+    FrameError, FunctionSpec, GradientHeader, HandedOver, Handover, Head, Incarnation, Init, InvokerBeat,
+    InvokerState, JobCommand, JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger,
+    Life, Member, Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit,
+    PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting,
+    Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply,
+    StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -331,6 +331,13 @@ fn workers_and_results() -> Vec<Golden> {
         golden("reject", Kind::Reject, reject, &[]),
         golden("reject_unreadable", Kind::Reject, unreadable, &[]),
         golden("nudge", Kind::Nudge, Nudge { job: JOB, shard: 3 }, &[]),
+        golden(
+            "handover",
+            Kind::Handover,
+            Handover { partition: 31, consumer: "e7-001234ab00000005".into(), epoch: 8 },
+            &[],
+        ),
+        golden("handed_over", Kind::HandedOver, HandedOver { unserved_us: Some(70_000) }, &[]),
     ]
 }
 
@@ -614,11 +621,12 @@ fn frames_of_older_wire_versions_are_told_apart() {
 #[test]
 fn every_kind_has_golden_bytes() {
     let kinds: BTreeSet<_> = goldens().iter().map(|golden| golden.bytes[2]).collect();
-    assert_eq!(kinds, (1..=10).collect());
+    assert_eq!(kinds, (1..=12).collect());
     // A new kind does not compile here: then raise the number above, too.
     match Kind::Record {
         Kind::Gradient | Kind::Result | Kind::Reject | Kind::StoreRequest | Kind::StoreReply => {}
         Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat | Kind::Nudge => {}
+        Kind::Handover | Kind::HandedOver => {}
     }
 }
 

@@ -6,8 +6,11 @@ use bytes::Bytes;
 use thalweg_broker::Queues as _;
 use thalweg_protocol::{PLACEMENT_KEY, Partition, Placement};
 
-use super::{Done, Shell, now};
-use crate::{holdings::Step, partition::take_over};
+use super::{Done, Shell, handover::Neighbours, now};
+use crate::{
+    holdings::Step,
+    partition::{Taker, take_over},
+};
 
 /// Longest pause before a takeover that failed is tried again.
 const RETAKE_PAUSE: Duration = Duration::from_millis(150);
@@ -18,11 +21,13 @@ impl Shell {
         for step in steps {
             match step {
                 Step::Take { partition, epoch, own } => {
-                    let (jetstream, registry) = (self.connection.jetstream.clone(), self.registry.clone());
-                    let (id, nonce) = (self.id.clone(), rand::random());
+                    let (connection, registry) = (self.connection.clone(), self.registry.clone());
+                    let (id, life) = (self.id.clone(), self.handovers.life());
                     self.work.push(Box::pin(async move {
+                        let taker = Taker { invoker: &id, life, nonce: rand::random() };
+                        let (queues, peers) = (&connection.jetstream, Neighbours(&connection.client));
                         let at = (partition, epoch);
-                        let result = take_over(&jetstream, &registry, &id, at, own, nonce).await;
+                        let result = take_over(queues, &registry, &peers, taker, at, own).await;
                         Done::Took(partition, epoch, result)
                     }));
                 }
@@ -31,10 +36,15 @@ impl Shell {
                     self.perform(actions).await;
                 }
                 Step::Pull(partition) => self.pull(partition).await,
-                Step::Release(partition, consumer) => {
-                    // Acknowledgements on their way must arrive before their consumer goes.
-                    let _ = self.connection.client.flush().await;
-                    let _ = self.connection.jetstream.delete_consumer(partition, &consumer).await;
+                Step::Release { partition, consumer, unserved } => {
+                    let connection = self.connection.clone();
+                    self.handovers.releasing(&consumer, Duration::from_millis(unserved));
+                    self.work.push(Box::pin(async move {
+                        // Acknowledgements on their way must arrive before their consumer goes.
+                        let _ = connection.client.flush().await;
+                        let _ = connection.jetstream.delete_consumer(partition, &consumer).await;
+                        Done::Released(consumer)
+                    }));
                 }
                 Step::ReadPlacement => {
                     self.read_placement(RETAKE_PAUSE.mul_f64(rand::random_range(0.5..1.0)));

@@ -10,12 +10,12 @@ use proptest::{
 };
 use thalweg_protocol::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype, Durability, ErrorCode, FoldOrder,
-    FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init, InvokerBeat, InvokerState, JobCommand,
-    JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name,
-    NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition,
-    Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings,
-    SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
-    Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
+    FrameError, FunctionSpec, GradientHeader, HandedOver, Handover, Head, Incarnation, Init, InvokerBeat,
+    InvokerState, JobCommand, JobKey, JobRecord, JobSpec, JobState, JobSummary, Kind, Layout, Lease, Ledger,
+    Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup, Partial,
+    PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader, Roster,
+    Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob, StoreRecord,
+    StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -82,6 +82,9 @@ messages! {
     Lease: Record, (incarnation(), U64).prop_map(|(holder, renewals)| Lease { holder, renewals });
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
+    Handover: Handover, (U16, text(), U64)
+        .prop_map(|(partition, consumer, epoch)| Handover { partition, consumer, epoch });
+    HandedOver: HandedOver, option::of(U64).prop_map(|unserved_us| HandedOver { unserved_us });
     Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
 }
 
