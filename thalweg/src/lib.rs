@@ -8,6 +8,7 @@ pub mod config;
 pub mod demo;
 mod host;
 mod metrics;
+mod models;
 pub mod nats;
 mod process;
 mod reload;

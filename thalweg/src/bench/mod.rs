@@ -4,10 +4,15 @@ mod allreduce;
 mod backlog;
 mod contributors;
 mod crew;
+mod gradient;
+mod journal;
 mod load;
+mod migrate;
+mod offered;
 mod raw;
 mod service;
 mod stack;
+mod step;
 mod store;
 mod worker;
 
@@ -32,8 +37,12 @@ enum What {
     Backlog(backlog::Args),
     /// One round of thousands of contributors
     Contributors(contributors::Args),
+    /// Moves of all partitions of a running job
+    Migrate(migrate::Args),
     /// What joining, snapshots and idle jobs cost those who train
     Service(service::Args),
+    /// Load that jumps, on invokers that follow it
+    Step(step::Args),
     /// Commits of shards against a bare pwrite and fdatasync of the same bytes
     Store(store::Args),
 }
@@ -48,7 +57,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
         What::Contributors(args) => contributors::run(&args),
+        What::Migrate(args) => migrate::run(&args),
         What::Service(args) => service::run(&args),
+        What::Step(args) => step::run(&args),
         What::Store(args) => store::run(&args),
     }
 }
