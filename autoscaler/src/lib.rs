@@ -27,7 +27,7 @@ mod run;
 mod status;
 
 pub use actuator::{Actuator, ActuatorError, ExternalActuator};
-pub use config::Config;
+pub use config::{Config, PoolBounds};
 pub use controller::{Action, Controller};
 pub use decide::{Decision, History, Millis, Reason, Sample, decide};
 pub use in_process::InProcessActuator;

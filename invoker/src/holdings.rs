@@ -113,6 +113,7 @@ impl Holdings {
         let mut steps = Vec::new();
         for (index, placed) in placement.partitions.iter().enumerate() {
             let partition = Partition::try_from(index).unwrap_or(Partition::MAX);
+            let partition = placement.first.saturating_add(partition);
             let ours = placed.holder.as_ref() == Some(&self.id);
             match self.slots.get(&partition) {
                 None if ours => self.take(partition, placed.epoch, None, &mut steps),

@@ -7,7 +7,7 @@ use super::*;
 const DRAIN_MS: Millis = 5000;
 
 fn placed(epoch: Epoch, holder: Option<&str>) -> Placement {
-    Placement { partitions: vec![PlacedPartition { epoch, holder: holder.map(str::to_owned) }] }
+    Placement { partitions: vec![PlacedPartition { epoch, holder: holder.map(str::to_owned) }], first: 0 }
 }
 
 /// An invoker `a` that holds partition 0 by epoch 1.
@@ -32,6 +32,14 @@ fn released(steps: &[Step]) -> Option<Millis> {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_pool_counts_from_its_first_partition() {
+    let mut holdings = Holdings::new("a".to_owned(), DRAIN_MS);
+    let placement = Placement { first: 32, ..placed(1, Some("a")) };
+    let steps = holdings.follow(&placement, 0);
+    assert!(matches!(steps[..], [Step::Take { partition: 32, epoch: 1, own: None }]), "{steps:?}");
 }
 
 #[test]

@@ -37,6 +37,8 @@ use handover::Handovers;
 pub struct Config {
     /// Its id; empty = a random one. Two invokers with one id fight over their partitions.
     pub id: String,
+    /// The pool whose partitions it serves; without one, the shared pool.
+    pub pool: Option<Name>,
     /// CPUs it may use, up to 1. Default 1.
     pub cpu_quota: f64,
     /// Memory for everything, bytes. Default 256 MiB. Contributions take at most three eighths of it;
@@ -58,6 +60,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             id: String::new(),
+            pool: None,
             cpu_quota: 1.0,
             memory_bytes: 256 << 20,
             invocations: 8,
@@ -346,7 +349,9 @@ impl Shell {
         let key = subject.strip_prefix(subjects::registry_hint("").as_str()).unwrap_or_default();
         let mut tokens = key.split('.');
         match (tokens.next(), tokens.next(), tokens.next()) {
-            (Some("placement"), None, _) => self.read_placement(Duration::ZERO),
+            (Some("placement"), pool, None) if pool == self.config.pool.as_ref().map(Name::as_str) => {
+                self.read_placement(Duration::ZERO);
+            }
             (Some("job" | "roster"), Some(tenant), Some(job)) => {
                 if let (Ok(tenant), Ok(job)) = (Name::new(tenant), Name::new(job)) {
                     let key = JobKey { tenant, job };
@@ -365,6 +370,10 @@ impl Shell {
         metrics::held(load.1);
         let beat = self.busyness.beat(&self.id, self.state, held, load, self.config.cpu_quota);
         let frame = frame::seal(Kind::Beat, &beat, &[]);
-        let _ = self.connection.client.publish(subjects::invoker_beat(&self.id), frame).await;
+        let _ = self
+            .connection
+            .client
+            .publish(subjects::invoker_beat(self.config.pool.as_ref(), &self.id), frame)
+            .await;
     }
 }

@@ -38,7 +38,7 @@ pub use messages::{
 pub use records::{
     InvokerBeat, InvokerState, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
     PlacedPartition, Placement, Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key,
-    lease_key, roster_key, suspect_key,
+    lease_key, placement_key, roster_key, suspect_key,
 };
 pub use schedule::{Decay, Schedule};
 pub use spec::{

@@ -16,8 +16,8 @@ pub const EVENT_SUBJECTS: &str = "thalweg.event.>";
 pub const API: &str = "thalweg.api";
 /// Heartbeats of all workers; every gateway hears them, the leading one answers.
 pub const WORKER_BEAT: &str = "thalweg.beat.worker";
-/// Heartbeats of all invokers.
-pub const INVOKER_BEATS: &str = "thalweg.beat.invoker.*";
+/// Heartbeats of all invokers, of whatever pool.
+pub const ALL_INVOKER_BEATS: [&str; 2] = ["thalweg.beat.invoker.*", "thalweg.beat.pool.*.*"];
 /// Queue group in which gateways share requests.
 pub const GATEWAY_GROUP: &str = "gateway";
 
@@ -110,10 +110,19 @@ pub fn store(id: StoreId) -> String {
     format!("thalweg.store.{id}")
 }
 
-/// Heartbeats of one invoker.
+/// Heartbeats of one invoker of a pool (`None`: the shared one).
 #[must_use]
-pub fn invoker_beat(invoker: &str) -> String {
-    format!("thalweg.beat.invoker.{invoker}")
+pub fn invoker_beat(pool: Option<&Name>, invoker: &str) -> String {
+    match pool {
+        None => format!("thalweg.beat.invoker.{invoker}"),
+        Some(pool) => format!("thalweg.beat.pool.{pool}.{invoker}"),
+    }
+}
+
+/// Heartbeats of all invokers of a pool.
+#[must_use]
+pub fn invoker_beats(pool: Option<&Name>) -> String {
+    invoker_beat(pool, "*")
 }
 
 /// Core subject on which writes to a registry key can be heard (a hint, not the truth: read the

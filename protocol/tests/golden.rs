@@ -479,6 +479,7 @@ fn records() -> Vec<Golden> {
             PlacedPartition { epoch: 7, holder: Some("invoker-1".into()) },
             PlacedPartition { epoch: 0, holder: None },
         ],
+        first: 0,
     };
     let suspect = Suspect {
         sequence: 1 << 40,
@@ -507,7 +508,7 @@ fn records() -> Vec<Golden> {
     }
     let origin = Origin { upload: UPLOAD, version: 300, rolled_back: true };
     let paused = Some("for maintenance".into());
-    let life = Life { paused, origin: Some(origin), replaces: vec![WORKER] };
+    let life = Life { paused, origin: Some(origin), replaces: vec![WORKER], first_partition: 0 };
     let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack, ..Policy::default() };
     let by_arrival = Policy { order: FoldOrder::Arrival, ..Policy::default() };
     let plain = job(JobState::Running);
@@ -533,6 +534,14 @@ fn records() -> Vec<Golden> {
         };
         goldens.push(golden(beat_name(state), Kind::Beat, beat, &[]));
     }
+    // What pools of their own add, left out by default.
+    let pooled = Life { first_partition: 32, ..Life::default() };
+    let pool = Some(thalweg_protocol::Name::new("big").unwrap());
+    let policy = Policy { pool, ..Policy::default() };
+    let record_of_pool =
+        JobRecord { spec: JobSpec { policy, ..spec() }, life: pooled, ..job(JobState::Running) };
+    goldens.push(record("record_job_pool", record_of_pool));
+    goldens.push(record("record_placement_pool", Placement { partitions: Vec::new(), first: 32 }));
     goldens
 }
 

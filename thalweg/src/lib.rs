@@ -10,6 +10,7 @@ mod host;
 mod metrics;
 mod models;
 pub mod nats;
+mod pools;
 mod process;
 mod reload;
 pub mod services;

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{self, Config},
     host::Host,
+    pools::{self, Scaling},
 };
 
 /// Connects; `None` when told to stop before NATS was there.
@@ -127,19 +128,23 @@ pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
     let sections = &["nats", "streams", "autoscaler", "invoker", "admin", "log"];
     let host = Host::open(&config, loader, &["autoscaler"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
-        let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
-            config::Actuator::External => Box::new(ExternalActuator),
-            config::Actuator::Auto | config::Actuator::Process => {
-                let program = std::env::current_exe().context("finding this program")?;
-                Box::new(process_actuator(&program, &config))
-            }
+        let actuator = |config: &Config| -> anyhow::Result<Box<dyn Actuator>> {
+            Ok(match config.autoscaler.actuator {
+                config::Actuator::External => Box::new(ExternalActuator),
+                config::Actuator::Auto | config::Actuator::Process => {
+                    let program = std::env::current_exe().context("finding this program")?;
+                    Box::new(process_actuator(&program, config))
+                }
+            })
         };
-        let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
-        let report = host.report("autoscaler");
-        let policy = host.live.policy();
-        let shutdown = host.shutdown.clone();
-        thalweg_autoscaler::run(policy, config.streams, connection, actuator, report, status, shutdown)
-            .await?;
+        let scaling = Scaling {
+            policy: host.live.policy(),
+            connection,
+            report: host.report("autoscaler"),
+            status: tokio::sync::watch::Sender::new(thalweg_autoscaler::Status::default()),
+            shutdown: host.shutdown.clone(),
+        };
+        pools::scale(&config, scaling, actuator).await?;
     }
     host.close().await;
     Ok(())
@@ -157,12 +162,13 @@ pub(crate) fn process_actuator(program: &Path, config: &Config) -> ProcessActuat
         ("log.filter", config.log.filter.clone()),
         ("log.format", config.log.format.to_string()),
     ];
+    let pool = invoker.pool.iter().map(|pool| ("invoker.pool", pool.to_string()));
     let credentials =
         config.nats.credentials.iter().map(|path| ("nats.credentials", path.display().to_string()));
     let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
     args.push("127.0.0.1:0".into());
     args.extend(["--nats-url".into(), config.nats.url.clone()]);
-    for (key, value) in sets.into_iter().chain(credentials) {
+    for (key, value) in sets.into_iter().chain(pool).chain(credentials) {
         args.extend(["--set".into(), format!("{key}={value}")]);
     }
     let drain = Duration::from_millis(config.autoscaler.policy.drain_timeout_ms);

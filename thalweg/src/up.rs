@@ -14,6 +14,7 @@ use crate::{
     config::{self, Config},
     host::Host,
     nats,
+    pools::{self, Scaling},
     reload::{Live, Reload},
     services,
 };
@@ -122,20 +123,16 @@ impl Service {
         let (status_sender, status) = watch::channel(Status::default());
         let autoscaler_token = CancellationToken::new();
         let autoscaler = {
-            let actuator = actuator(&config, local)?;
-            let (streams, report) = (config.streams.clone(), host.report("autoscaler"));
-            let (policy, token) = (host.live.policy(), autoscaler_token.clone());
+            let scaling = Scaling {
+                policy: host.live.policy(),
+                connection,
+                report: host.report("autoscaler"),
+                status: status_sender,
+                shutdown: autoscaler_token.clone(),
+            };
+            let config = config.clone();
             supervise("autoscaler", failure, async move {
-                Ok(thalweg_autoscaler::run(
-                    policy,
-                    streams,
-                    connection,
-                    actuator,
-                    report,
-                    status_sender,
-                    token,
-                )
-                .await?)
+                pools::scale(&config, scaling, |config| actuator(config, local.clone())).await
             })
         };
         let service = Self {

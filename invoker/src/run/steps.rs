@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use thalweg_broker::Queues as _;
-use thalweg_protocol::{PLACEMENT_KEY, Partition, Placement};
+use thalweg_protocol::{Partition, Placement, placement_key};
 
 use super::{Done, Shell, handover::Neighbours, now};
 use crate::{
@@ -87,10 +87,10 @@ impl Shell {
 
     /// Reads the placement, after a pause where taking over has just failed.
     pub(super) fn read_placement(&self, pause: Duration) {
-        let registry = self.registry.clone();
+        let (registry, key) = (self.registry.clone(), placement_key(self.config.pool.as_ref()));
         self.work.push(Box::pin(async move {
             tokio::time::sleep(pause).await;
-            let placement = registry.get::<Placement>(PLACEMENT_KEY).await;
+            let placement = registry.get::<Placement>(&key).await;
             Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
         }));
     }

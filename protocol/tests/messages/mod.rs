@@ -322,10 +322,12 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
     let guarantees = (durability(), non_finite, init());
     let on_loss = prop::sample::select(vec![OnLoss::Fail, OnLoss::RollBack, OnLoss::Reseed]);
     let order = prop::sample::select(vec![FoldOrder::Rank, FoldOrder::Arrival]);
-    let policy = (option::of(U64), on_loss, order).prop_map(|(ttl_ms, on_loss, order)| Policy {
+    let pool = option::of(name());
+    let policy = (option::of(U64), on_loss, order, pool).prop_map(|(ttl_ms, on_loss, order, pool)| Policy {
         ttl_ms,
         on_loss,
         order,
+        pool,
     });
     (model, round, guarantees, U32, U32, policy).prop_map(
         |(
@@ -372,8 +374,9 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
         version,
         rolled_back,
     });
-    let life = (option::of(text()), option::of(origin), vec(incarnation(), 0..3))
-        .prop_map(|(paused, origin, replaces)| Life { paused, origin, replaces });
+    let life = (option::of(text()), option::of(origin), vec(incarnation(), 0..3), U16).prop_map(
+        |(paused, origin, replaces, first_partition)| Life { paused, origin, replaces, first_partition },
+    );
     (job_spec(), incarnation(), place, state, vec(revision, 0..3), life).prop_map(
         |(spec, incarnation, (layout, slots, store, partitions), state, settings, life)| JobRecord {
             spec,
@@ -508,7 +511,7 @@ fn api_reply() -> impl Strategy<Value = ApiReply> {
 
 fn placement() -> impl Strategy<Value = Placement> {
     let placed = (U64, option::of(text())).prop_map(|(epoch, holder)| PlacedPartition { epoch, holder });
-    vec(placed, 0..40).prop_map(|partitions| Placement { partitions })
+    (vec(placed, 0..40), U16).prop_map(|(partitions, first)| Placement { partitions, first })
 }
 
 fn suspect() -> impl Strategy<Value = Suspect> {

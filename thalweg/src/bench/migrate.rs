@@ -201,7 +201,7 @@ impl Bench<'_> {
             let invoker = (u64::from(partition) + epoch) % u64::from(self.args.invokers);
             PlacedPartition { epoch, holder: Some(format!("i{invoker}")) }
         };
-        let placement = Placement { partitions: (0..partitions).map(holder).collect() };
+        let placement = Placement { partitions: (0..partitions).map(holder).collect(), first: 0 };
         let Ok(revision) = registry.put(PLACEMENT_KEY, &placement, revision).await? else {
             bail!("somebody else places partitions too");
         };

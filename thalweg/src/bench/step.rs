@@ -206,7 +206,7 @@ async fn measure(args: &Args, stack: &Stack, service_rate: f64) -> anyhow::Resul
     let config = NatsConfig { url: stack.url(), ..NatsConfig::default() };
     let connection = Connection::open("thalweg-bench", &config, &CancellationToken::new()).await?;
     let connection = connection.context("stopped while connecting")?;
-    let beats = connection.client.subscribe(subjects::INVOKER_BEATS).await?;
+    let beats = connection.client.subscribe(subjects::invoker_beats(None)).await?;
     let watch = tokio::spawn(watch(beats));
     let base_bytes_per_s = service_rate * TARGET_UTILISATION * BASE;
     let mut run = Run { stack, offered: offered(args, stack).await?, base_bytes_per_s };
