@@ -150,11 +150,17 @@ impl Drop for Server {
     }
 }
 
-/// SIGTERM, and SIGKILL when that does not help.
-pub(crate) fn terminate(child: &mut Child) -> anyhow::Result<()> {
+/// Asks a child to end; does not wait for it.
+pub(crate) fn signal(child: &Child) {
     if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        // One that has ended already cannot hear it.
         let _ = kill_process(pid, Signal::TERM);
     }
+}
+
+/// SIGTERM, and SIGKILL when that does not help.
+pub(crate) fn terminate(child: &mut Child) -> anyhow::Result<()> {
+    signal(child);
     let until = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {
         if Instant::now() > until {

@@ -187,6 +187,9 @@ impl Bench<'_> {
             let worker = WorkerArgs {
                 url: url.clone(),
                 job: "bench".to_owned(),
+                pool: None,
+                stretch: 1.0,
+                irregular: None,
                 rank,
                 workers: args.workers,
                 gradient: self.gradient,

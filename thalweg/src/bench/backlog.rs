@@ -111,6 +111,9 @@ fn measure(args: &Args, stack: &Stack, crew: &mut Crew) -> anyhow::Result<Outcom
         let worker = WorkerArgs {
             url: stack.url(),
             job: "bench".to_owned(),
+            pool: None,
+            stretch: 1.0,
+            irregular: None,
             rank,
             workers: args.workers,
             gradient: Gradient::Even { elements: args.mib << 18, tensor_elements: TENSOR_ELEMENTS },

@@ -1,6 +1,6 @@
 //! Which tensors a worker pushes.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, time::Duration};
 
 use crate::models::{Model, Tensor};
 use clap::ValueEnum as _;
@@ -35,6 +35,14 @@ impl Gradient {
         match self {
             Self::Even { elements, .. } => elements as usize,
             Self::Of { model, scale } => model.scaled(scale).elements() as usize,
+        }
+    }
+
+    /// What one GPU takes for it; nothing where it is of no model.
+    pub(super) fn think_time(self) -> Duration {
+        match self {
+            Self::Even { .. } => Duration::ZERO,
+            Self::Of { model, scale } => model.scaled(scale).think_time,
         }
     }
 

@@ -74,7 +74,7 @@ const HOLDS: &str = "holds partition";
 const HANDED_OVER: &str = "handed over";
 const GIVES_UP: &str = "gives partition up";
 /// What they log at last.
-const ENDS: &str = "invoker ends";
+pub(super) const ENDS: &str = "invoker ends";
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let gradient = Gradient::Of { model: args.model, scale: args.scale };
@@ -132,7 +132,7 @@ impl Bench<'_> {
         let connection = connection.context("stopped while connecting")?;
         let registry = registry(&connection).await?;
         for number in 0..self.args.invokers {
-            self.stack.start_invoker(&format!("i{number}"))?;
+            self.stack.start_invoker(&format!("i{number}"), None)?;
         }
         self.place(&registry).await?;
         self.hire()?;
@@ -164,6 +164,9 @@ impl Bench<'_> {
             let worker = WorkerArgs {
                 url: self.stack.url(),
                 job: "bench".to_owned(),
+                pool: None,
+                stretch: 1.0,
+                irregular: None,
                 rank,
                 workers: self.args.workers,
                 gradient: self.gradient,
@@ -272,7 +275,7 @@ impl Bench<'_> {
             }
         }
         std::mem::replace(&mut self.crew, Crew::new()).dismiss()?;
-        self.stack.end_invokers()?;
+        self.stack.end_invokers("i")?;
         let (mut delivered, mut read_again) = (0.0, 0.0);
         for number in 0..self.args.invokers {
             let lines = journal::read(&self.stack.log(&format!("i{number}")), &[ENDS])?;
@@ -302,7 +305,7 @@ impl Bench<'_> {
 }
 
 /// The registry, once the streams are there.
-async fn registry(connection: &Connection) -> anyhow::Result<Registry> {
+pub(super) async fn registry(connection: &Connection) -> anyhow::Result<Registry> {
     let until = Instant::now() + PATIENCE;
     loop {
         if let Ok(registry) = Registry::open(&connection.jetstream).await

@@ -4,6 +4,7 @@ mod allreduce;
 mod backlog;
 mod contributors;
 mod crew;
+mod elasticity;
 mod gradient;
 mod journal;
 mod load;
@@ -14,6 +15,7 @@ mod service;
 mod stack;
 mod step;
 mod store;
+mod train;
 mod worker;
 
 use clap::Subcommand;
@@ -37,6 +39,8 @@ enum What {
     Backlog(backlog::Args),
     /// One round of thousands of contributors
     Contributors(contributors::Args),
+    /// Jobs that share elastic invokers, against jobs with invokers of their own
+    Elasticity(elasticity::Args),
     /// Moves of all partitions of a running job
     Migrate(migrate::Args),
     /// What joining, snapshots and idle jobs cost those who train
@@ -57,6 +61,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
         What::Contributors(args) => contributors::run(&args),
+        What::Elasticity(args) => elasticity::run(&args),
         What::Migrate(args) => migrate::run(&args),
         What::Service(args) => service::run(&args),
         What::Step(args) => step::run(&args),

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 
 use crate::{
-    nats::{self, terminate},
+    nats::{self, signal, terminate},
     process,
 };
 
@@ -58,7 +58,9 @@ pub(super) struct Cpu {
 /// A running deployment. Dropped, it is killed.
 pub(super) struct Stack {
     // Ended from top to bottom: the autoscaler ends its invokers.
-    own_invokers: Vec<Child>,
+    own_invokers: Vec<(String, Child)>,
+    /// CPU time of those that have been ended, seconds.
+    ended_cpu: f64,
     autoscaler: Option<Child>,
     gateway: Child,
     store: Child,
@@ -99,16 +101,18 @@ impl Stack {
             Invokers::Scaled(_) => Some(spawn("autoscaler", &[])?),
             Invokers::Own => None,
         };
-        let own_invokers = Vec::new();
-        Ok(Self { own_invokers, autoscaler, gateway, store, server, directory, logs, settings })
+        let (own_invokers, ended_cpu) = (Vec::new(), 0.0);
+        Ok(Self { own_invokers, ended_cpu, autoscaler, gateway, store, server, directory, logs, settings })
     }
 
-    /// Starts an invoker that no autoscaler knows of. Its log is `<id>.log`.
-    pub(super) fn start_invoker(&mut self, id: &str) -> anyhow::Result<()> {
+    /// Starts an invoker that no autoscaler knows of, with a setting of its own if need be. Its log is `<id>.log`.
+    pub(super) fn start_invoker(&mut self, id: &str, setting: Option<&str>) -> anyhow::Result<()> {
         let (settings, url) = (&self.settings, self.server.url());
-        let more = ["--id", id];
+        let mut more = vec!["--id", id];
+        more.extend(setting.into_iter().flat_map(|setting| ["--set", setting]));
         let places = (self.directory.path(), self.logs.as_path());
-        self.own_invokers.push(spawn(("invoker", id), &url, (settings, &more), places)?);
+        let child = spawn(("invoker", id), &url, (settings, &more), places)?;
+        self.own_invokers.push((id.to_owned(), child));
         Ok(())
     }
 
@@ -125,7 +129,7 @@ impl Stack {
 
     /// Process ids of the invokers that live.
     pub(super) fn invokers(&self) -> Vec<u32> {
-        let own = self.own_invokers.iter().map(Child::id);
+        let own = self.own_invokers.iter().map(|(_, invoker)| invoker.id());
         let scaled = self.autoscaler.iter().flat_map(|autoscaler| process::children(autoscaler.id()));
         own.chain(scaled).collect()
     }
@@ -145,7 +149,7 @@ impl Stack {
         let living: f64 = self.invokers().into_iter().map(|pid| process::cpu_seconds(pid).0).sum();
         Cpu {
             broker: process::cpu_seconds(self.server.pid()).0,
-            invokers: ended + living,
+            invokers: self.ended_cpu + ended + living,
             store: process::cpu_seconds(self.store.id()).0,
             gateway: process::cpu_seconds(self.gateway.id()).0 + autoscaler,
         }
@@ -162,16 +166,20 @@ impl Stack {
 
     /// Components of which the autoscaler ends its invokers, in the order in which they end.
     fn children(&mut self) -> impl Iterator<Item = &mut Child> {
-        let invokers = self.own_invokers.iter_mut().chain(&mut self.autoscaler);
+        let invokers = self.own_invokers.iter_mut().map(|(_, invoker)| invoker).chain(&mut self.autoscaler);
         invokers.chain([&mut self.gateway, &mut self.store])
     }
 
-    /// Ends the invokers that the benchmark has started, in order.
-    pub(super) fn end_invokers(&mut self) -> anyhow::Result<()> {
-        for mut invoker in self.own_invokers.drain(..) {
-            terminate(&mut invoker)?;
+    /// Ends the invokers that the benchmark has started under ids with this beginning, in order.
+    pub(super) fn end_invokers(&mut self, beginning: &str) -> anyhow::Result<()> {
+        let mut ending: Vec<_> =
+            self.own_invokers.extract_if(.., |(id, _)| id.starts_with(beginning)).collect();
+        // All at once, so that none waits for another; what they do after this is not in the CPU time.
+        for (_, invoker) in &ending {
+            self.ended_cpu += process::cpu_seconds(invoker.id()).0;
+            signal(invoker);
         }
-        Ok(())
+        ending.iter_mut().try_for_each(|(_, invoker)| terminate(invoker))
     }
 
     /// Ends everything in order.

@@ -76,7 +76,7 @@ const CALIBRATION: (Duration, Duration) = (Duration::from_secs(4), Duration::fro
 const PATIENCE: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(10);
 /// What the autoscaler logs when it changes the number of invokers.
-const DECIDED: &str = "decided on the number of invokers";
+pub(super) const DECIDED: &str = "decided on the number of invokers";
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = crate::cli::runtime()?;

@@ -4,6 +4,8 @@ use std::{
     collections::VecDeque,
     io::{BufRead as _, Write as _},
     ops::Range,
+    path::PathBuf,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -16,6 +18,7 @@ use super::{
     gradient::Gradient,
     load::{self, Expectation, Function},
     raw::Pusher,
+    train::{self, Loop},
 };
 use crate::models::Tensor;
 
@@ -31,7 +34,14 @@ pub struct WorkerArgs {
     #[arg(long)]
     pub(super) workers: u32,
     #[arg(long)]
+    pub(super) pool: Option<String>,
+    #[arg(long)]
     pub(super) gradient: Gradient,
+    /// Times the model's think time.
+    #[arg(long)]
+    pub(super) stretch: f64,
+    #[arg(long)]
+    pub(super) irregular: Option<PathBuf>,
     #[arg(long, value_parser = crate::demo::durability)]
     pub(super) durability: Durability,
     #[arg(long)]
@@ -39,10 +49,10 @@ pub struct WorkerArgs {
 }
 
 /// One tensor of the gradient.
-struct Part {
-    name: String,
+pub(super) struct Part {
+    pub(super) name: String,
     shape: Vec<u64>,
-    bounds: Range<usize>,
+    pub(super) bounds: Range<usize>,
 }
 
 impl WorkerArgs {
@@ -54,11 +64,24 @@ impl WorkerArgs {
             ("--rank", self.rank.to_string()),
             ("--workers", self.workers.to_string()),
             ("--gradient", self.gradient.to_string()),
+            ("--stretch", format!("{:?}", self.stretch)),
             ("--durability", self.durability.to_string()),
             ("--function", self.function.name().to_owned()),
         ];
-        let flags = flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+        let pool = self.pool.iter().map(|pool| ("--pool", pool.clone()));
+        let irregular = self.irregular.iter().map(|path| ("--irregular", path.display().to_string()));
+        let flags =
+            flags.into_iter().chain(pool).chain(irregular).flat_map(|(flag, value)| [flag.to_owned(), value]);
         ["bench-worker".to_owned()].into_iter().chain(flags).collect()
+    }
+
+    /// From iteration to iteration, over and over.
+    fn think_times(&self) -> anyhow::Result<Vec<Duration>> {
+        let mean = self.gradient.think_time().mul_f64(self.stretch);
+        match &self.irregular {
+            Some(path) => train::irregular(path, self.rank, mean),
+            None => Ok(vec![mean]),
+        }
     }
 
     fn parts(&self) -> Vec<Part> {
@@ -76,6 +99,9 @@ impl WorkerArgs {
             .function_spec(self.function.spec())
             .workers(self.workers)
             .durability(self.durability);
+        if let Some(pool) = &self.pool {
+            job = job.pool(pool)?;
+        }
         let mut initial = Vec::new();
         for Part { name, shape, bounds } in parts {
             job = job.tensor(name.clone(), shape.clone());
@@ -113,7 +139,7 @@ pub(super) fn reply(reply: Reply) -> anyhow::Result<()> {
 
 pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     thalweg_telemetry::logs::init("warn", thalweg_telemetry::logs::LogFormat::Auto)?;
-    let parts = args.parts();
+    let (parts, think_times) = (args.parts(), args.think_times()?);
     let elements = parts.last().map_or(0, |part| part.bounds.end);
     let mut commands = commands();
     let mut worker = args.join(&parts).await?;
@@ -146,6 +172,23 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
                 (lost, repeated) = (lost + without, repeated + twice);
                 Reply::Round(Span { first_push_ns, last_result_ns })
             }
+            Command::Train { rounds, warm_up } => {
+                gradient.resize(elements, 0.0);
+                result.resize(elements, 0.0);
+                let mut training = Loop {
+                    worker: &mut worker,
+                    workers: args.workers,
+                    parts: &parts,
+                    gradient: &mut gradient,
+                    result: &mut result,
+                    expectation: &mut expectation,
+                    think_times: &think_times,
+                    round: &mut round,
+                    lost: &mut lost,
+                    repeated: &mut repeated,
+                };
+                training.train(rounds, warm_up).await?
+            }
             Command::Account => Reply::Account { sent_bytes: worker.traffic().0, lost, repeated },
             Command::ConnectRaw => {
                 pusher = Some(Pusher::connect(&args.url, args.rank).await?);
@@ -176,7 +219,7 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
 }
 
 /// Contributions to the last round that its ledgers lack, and that they have more than once, over all shards.
-fn miscounted(worker: &Worker, workers: u32) -> (u64, u64) {
+pub(super) fn miscounted(worker: &Worker, workers: u32) -> (u64, u64) {
     let (mut lost, mut repeated) = (0, 0);
     for (_, _, mut ranks) in worker.ledgers() {
         let counted = ranks.len();
