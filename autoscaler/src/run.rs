@@ -458,7 +458,8 @@ fn say(record: &DecisionRecord) {
     tracing::info!(
         reason = record.reason.as_str(),
         previous = record.previous,
-        target = record.target,
+        // Not `target`: that is what a log's line says of the module it comes from.
+        wanted = record.target,
         depth_messages = record.status.depth_messages,
         depth_bytes = record.status.depth_bytes,
         starting = record.status.starting,

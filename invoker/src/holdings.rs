@@ -303,7 +303,7 @@ impl Holdings {
                 steps.push(Step::Tell(Event::Drain(*partition)));
             }
             let finished = match leaving.unserved {
-                None => leaving.asked && rest == Rest::Nothing,
+                None => leaving.asked && rest == Rest::Nothing && leaving.held.is_dry(),
                 Some(_) => rest != Rest::Invocations || now > leaving.until,
             };
             done.extend((over || finished).then_some(*partition));
@@ -365,6 +365,12 @@ impl Holdings {
             Slot::Leaving(leaving) if leaving.unserved.is_none() => Some(&mut leaving.held),
             _ => None,
         }
+    }
+
+    /// Whether a partition is being given up: then no more is asked for than what is held waits for.
+    #[must_use]
+    pub fn is_leaving(&self, partition: Partition) -> bool {
+        matches!(self.slots.get(&partition), Some(Slot::Leaving(_)))
     }
 
     /// Where to acknowledge a message; once only.

@@ -82,6 +82,19 @@ fn what_is_held_is_finished_before_a_handover_but_not_for_long() {
 }
 
 #[test]
+fn what_is_on_its_way_is_waited_for() {
+    let mut holdings = holder();
+    let held = holdings.pulled(0).unwrap();
+    assert_eq!(held.credit(2), Some(2));
+    assert!(held.delivered(1, 1));
+    held.left(5);
+    assert!(holdings.asked(0, "e1-x", 2, 2) && holdings.is_leaving(0));
+    assert!(holdings.settle(|_| Rest::Nothing, 2).is_empty(), "one of two is still to come");
+    assert!(holdings.pulled(0).unwrap().delivered(2, 3));
+    assert_eq!(released(&holdings.settle(|_| Rest::Nothing, 3)), Some(0));
+}
+
+#[test]
 fn an_invocation_that_does_not_end_is_given_up_with_its_partition() {
     let mut holdings = holder();
     assert!(holdings.asked(0, "e1-x", 2, 0));

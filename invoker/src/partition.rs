@@ -39,6 +39,8 @@ pub struct Holding {
     /// Next sequence of the consumer; a gap means that deliveries were lost on the way.
     next_delivery: u64,
     credit: u64,
+    /// Messages that the broker had left for us after the last delivery.
+    pending: u64,
     heard: Millis,
 }
 
@@ -173,6 +175,7 @@ pub async fn take_over(
         handed_over,
         next_delivery: 1,
         credit: 0,
+        pending: 0,
         heard: 0,
     };
     let careful_until = (unclean && queue.messages > 0).then_some(queue.last_sequence);
@@ -246,6 +249,16 @@ impl Holding {
         in_order
     }
 
+    /// Notes how many messages the broker has left for us.
+    pub fn left(&mut self, pending: u64) {
+        self.pending = pending;
+    }
+
+    /// Whether no message is on its way to us, as far as can be told: it would be delivered again to the next holder.
+    pub(crate) fn is_dry(&self) -> bool {
+        self.credit == 0 || self.pending == 0
+    }
+
     /// Notes that the pull request is alive.
     pub fn alive(&mut self, now: Millis) {
         self.heard = now;
@@ -301,6 +314,7 @@ impl Holding {
             handed_over: None,
             next_delivery: 1,
             credit: 0,
+            pending: 0,
             heard: 0,
         }
     }

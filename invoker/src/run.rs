@@ -82,6 +82,9 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 
 /// Serves partitions until `shutdown`, then drains.
 ///
+/// Contributions and results go through `connection`. Takeovers and handovers go through `control`, where no answer has
+/// to wait behind the contributions that are on their way already.
+///
 /// Runs on a current-thread runtime: its future is not `Send`. May be dropped (or killed) at any
 /// moment without harm to any round.
 ///
@@ -90,6 +93,7 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 pub async fn run(
     config: Config,
     connection: Connection,
+    control: Connection,
     store: Arc<dyn ShardStore>,
     report: Report,
     shutdown: CancellationToken,
@@ -100,7 +104,7 @@ pub async fn run(
         config.id.clone()
     };
     report(Some("waiting for the registry"));
-    let Some(registry) = open_registry(&connection, &shutdown).await else { return Ok(()) };
+    let Some(registry) = open_registry(&control, &shutdown).await else { return Ok(()) };
     let limits = Limits {
         held_bytes: config.memory_bytes / 8 * 3,
         invocations: config.invocations.max(1),
@@ -127,6 +131,7 @@ pub async fn run(
         id,
         inbox,
         connection,
+        control,
         registry,
         store,
         config,
@@ -165,6 +170,7 @@ struct Shell {
     config: Config,
     id: String,
     connection: Connection,
+    control: Connection,
     registry: Registry,
     store: Arc<dyn ShardStore>,
     core: Core,
@@ -197,8 +203,9 @@ impl Shell {
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), async_nats::Error> {
         let client = self.connection.client.clone();
         let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
-        let mut asked = client.subscribe(subjects::handover(self.handovers.life())).await?;
-        let mut hints = client.subscribe(subjects::registry_hint(">")).await?;
+        let control = self.control.client.clone();
+        let mut asked = control.subscribe(subjects::handover(self.handovers.life())).await?;
+        let mut hints = control.subscribe(subjects::registry_hint(">")).await?;
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
         let mut beats = tokio::time::interval(Duration::from_millis(self.config.beat_ms.max(10)));
@@ -299,13 +306,18 @@ impl Shell {
             return;
         };
         let (sequence, consumer_sequence) = (info.stream_sequence, info.consumer_sequence);
+        let pending = info.pending;
         let published = u64::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
         let partition = info.stream.rsplit('_').next().and_then(|token| token.parse::<Partition>().ok());
         let Some(partition) = partition else { return };
         let (sequences, elapsed) = ((consumer_sequence, sequence), self.elapsed());
         let reply = message.reply.clone();
         match self.holdings.delivered(partition, info.consumer, sequences, reply, elapsed) {
-            Delivered::Ours => {}
+            Delivered::Ours => {
+                if let Some(held) = self.holdings.pulled(partition) {
+                    held.left(pending);
+                }
+            }
             Delivered::NotOurs => return,
             Delivered::Gap(steps) => return self.step(steps).await,
         }

@@ -98,11 +98,6 @@ impl Scaled {
     pub(crate) fn elements(&self) -> u64 {
         self.tensors.iter().map(Tensor::elements).sum()
     }
-
-    /// Of f32.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.elements() * 4
-    }
 }
 
 /// Tensors in the making.
@@ -217,7 +212,7 @@ mod tests {
             let list = model.tensors();
             assert_eq!(list.len(), tensors, "{}", model.name());
             assert_eq!(list.iter().map(Tensor::elements).sum::<u64>(), parameters, "{}", model.name());
-            assert_eq!(model.scaled(1.0).bytes(), 4 * parameters);
+            assert_eq!(model.scaled(1.0).elements(), parameters);
             let names: std::collections::HashSet<_> = list.iter().map(|tensor| &tensor.name).collect();
             assert_eq!(names.len(), tensors, "two tensors of {} share a name", model.name());
         }
@@ -240,7 +235,7 @@ mod tests {
     fn a_scale_changes_size_and_think_time_alike() {
         for model in Model::value_variants() {
             let (whole, tenth) = (model.scaled(1.0), model.scaled(0.1));
-            let ratio = tenth.bytes() as f64 / whole.bytes() as f64;
+            let ratio = tenth.elements() as f64 / whole.elements() as f64;
             assert!((ratio - 0.1).abs() < 1e-3, "{}: {ratio}", model.name());
             let ratio = tenth.think_time.as_secs_f64() / whole.think_time.as_secs_f64();
             assert!((ratio - 0.1).abs() < 1e-6, "{}: {ratio}", model.name());

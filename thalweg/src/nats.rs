@@ -161,6 +161,11 @@ pub(crate) fn signal(child: &Child) {
 /// SIGTERM, and SIGKILL when that does not help.
 pub(crate) fn terminate(child: &mut Child) -> anyhow::Result<()> {
     signal(child);
+    wait(child)
+}
+
+/// Waits for a child that was asked to end, and kills it when it does not: a second signal would end it at once.
+pub(crate) fn wait(child: &mut Child) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {
         if Instant::now() > until {

@@ -75,7 +75,12 @@ pub async fn invoker(config: Config, loader: Loader) -> anyhow::Result<()> {
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
-            thalweg_invoker::run(config.invoker, connection, store, report, host.shutdown.clone())
+            let Some(control) = connect(&config, "thalweg-invoker-control", &host).await? else {
+                host.close().await;
+                return Ok(());
+            };
+            let shutdown = host.shutdown.clone();
+            thalweg_invoker::run(config.invoker, connection, control, store, report, shutdown)
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
         }

@@ -291,15 +291,21 @@ fn in_process(
         }
     };
     runtime.block_on(async {
-        let connection = match Connection::open(&config.id, nats, token).await {
-            Ok(Some(connection)) => connection,
-            Ok(None) => return,
+        let control = format!("{}-control", config.id);
+        let opened = tokio::try_join!(
+            Connection::open(&config.id, nats, token),
+            Connection::open(&control, nats, token),
+        );
+        let (connection, control) = match opened {
+            Ok((Some(connection), Some(control))) => (connection, control),
+            Ok(_) => return,
             Err(error) => {
                 tracing::error!(%error, "an invoker could not connect");
                 return;
             }
         };
-        if let Err(error) = thalweg_invoker::run(config, connection, store, no_report(), token.clone()).await
+        if let Err(error) =
+            thalweg_invoker::run(config, connection, control, store, no_report(), token.clone()).await
         {
             tracing::warn!(%error, "an invoker ended");
         }

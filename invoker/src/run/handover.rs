@@ -7,10 +7,11 @@ use std::{
 
 use async_nats::{Client, Message, Subject};
 use async_trait::async_trait;
-use thalweg_broker::{RequestError, request};
+use thalweg_broker::{Queues as _, RequestError, request};
 use thalweg_protocol::{Epoch, HandedOver, Handover, Kind, Partition, frame, subjects};
+use tokio::sync::oneshot;
 
-use super::Shell;
+use super::{Done, Shell};
 use crate::{
     metrics,
     partition::{self, Former, Peers, Takeover, TakeoverError},
@@ -44,13 +45,22 @@ impl Peers for Neighbours<'_> {
     }
 }
 
+/// A consumer of ours that is being removed.
+#[derive(Debug)]
+struct Releasing {
+    /// Since when its partition is not served.
+    since: Instant,
+    /// The broker has everything that was sent before.
+    echoed: Option<oneshot::Sender<()>>,
+}
+
 /// Who waits for our partitions.
 #[derive(Debug)]
 pub(super) struct Handovers {
     life: u32,
     waiting: Vec<(Handover, Subject)>,
-    /// Consumers that are being removed, with the time since when their partitions are not served.
-    releasing: HashMap<String, Instant>,
+    /// Consumers that are being removed.
+    releasing: HashMap<String, Releasing>,
 }
 
 impl Handovers {
@@ -64,9 +74,12 @@ impl Handovers {
     }
 
     /// This consumer will be gone soon; its partition has not been served for so long.
-    pub(super) fn releasing(&mut self, consumer: &str, unserved: Duration) {
+    fn releasing(&mut self, consumer: &str, unserved: Duration) -> oneshot::Receiver<()> {
+        let (echoed, echo) = oneshot::channel();
         let now = Instant::now();
-        self.releasing.insert(consumer.to_owned(), now.checked_sub(unserved).unwrap_or(now));
+        let since = now.checked_sub(unserved).unwrap_or(now);
+        self.releasing.insert(consumer.to_owned(), Releasing { since, echoed: Some(echoed) });
+        echo
     }
 
     /// Whether consumers are still being removed.
@@ -76,11 +89,36 @@ impl Handovers {
 }
 
 impl Shell {
-    /// Somebody takes one of our partitions over.
+    /// Removes a consumer of ours, once every acknowledgement on its way has arrived.
+    ///
+    /// That takes an echo: a message to ourselves, sent behind the acknowledgements on the connection for contributions,
+    /// and received on the other one. A flush would be answered behind all contributions that are on their way.
+    pub(super) async fn release(&mut self, partition: Partition, consumer: String, unserved: Duration) {
+        let echo = self.handovers.releasing(&consumer, unserved);
+        let query = Handover { partition, consumer: consumer.clone(), epoch: 0 };
+        let frame = frame::seal(Kind::Handover, &query, &[]);
+        // One that is lost with the connection is not waited for.
+        let _ = self.connection.client.publish(subjects::handover(self.handovers.life), frame).await;
+        let jetstream = self.control.jetstream.clone();
+        self.work.push(Box::pin(async move {
+            let _ = tokio::time::timeout(PATIENCE, echo).await;
+            let _ = jetstream.delete_consumer(partition, &consumer).await;
+            Done::Released(consumer)
+        }));
+    }
+
+    /// Somebody takes one of our partitions over; or it is an echo, which wants no answer.
     pub(super) fn asked_for(&mut self, message: Message) {
-        let Some(reply) = message.reply else { return };
         match frame::open::<Handover>(Kind::Handover, &message.payload) {
             Ok((handover, _)) => {
+                let Some(reply) = message.reply else {
+                    let releasing = self.handovers.releasing.get_mut(&handover.consumer);
+                    if let Some(echoed) = releasing.and_then(|releasing| releasing.echoed.take()) {
+                        // Whoever waited too long has gone on.
+                        let _ = echoed.send(());
+                    }
+                    return;
+                };
                 let elapsed = self.elapsed();
                 self.holdings.asked(handover.partition, &handover.consumer, handover.epoch, elapsed);
                 self.handovers.waiting.push((handover, reply));
@@ -92,7 +130,7 @@ impl Shell {
 
     /// A consumer of ours is gone.
     pub(super) async fn released(&mut self, consumer: &str) {
-        let since = self.handovers.releasing.remove(consumer);
+        let since = self.handovers.releasing.remove(consumer).map(|releasing| releasing.since);
         let of_it = |(handover, _): &mut (Handover, Subject)| handover.consumer == consumer;
         for (_, reply) in self.handovers.waiting.extract_if(.., of_it).collect::<Vec<_>>() {
             let unserved = since.map(|since| u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX));
@@ -115,7 +153,7 @@ impl Shell {
     async fn hand_over(&self, reply: Subject, unserved_us: Option<u64>) {
         let frame = frame::seal(Kind::HandedOver, &HandedOver { unserved_us }, &[]);
         // Whoever does not hear it waits no longer than for a dead one.
-        let _ = self.connection.client.publish(reply, frame).await;
+        let _ = self.control.client.publish(reply, frame).await;
     }
 }
 

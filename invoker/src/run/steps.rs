@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use thalweg_broker::Queues as _;
 use thalweg_protocol::{Partition, Placement, placement_key};
 
 use super::{Done, Shell, handover::Neighbours, now};
 use crate::{
-    holdings::Step,
+    holdings::{Rest, Step},
     partition::{Taker, take_over},
 };
 
@@ -21,7 +20,7 @@ impl Shell {
         for step in steps {
             match step {
                 Step::Take { partition, epoch, own } => {
-                    let (connection, registry) = (self.connection.clone(), self.registry.clone());
+                    let (connection, registry) = (self.control.clone(), self.registry.clone());
                     let (id, life) = (self.id.clone(), self.handovers.life());
                     self.work.push(Box::pin(async move {
                         let taker = Taker { invoker: &id, life, nonce: rand::random() };
@@ -37,14 +36,7 @@ impl Shell {
                 }
                 Step::Pull(partition) => self.pull(partition).await,
                 Step::Release { partition, consumer, unserved } => {
-                    let connection = self.connection.clone();
-                    self.handovers.releasing(&consumer, Duration::from_millis(unserved));
-                    self.work.push(Box::pin(async move {
-                        // Acknowledgements on their way must arrive before their consumer goes.
-                        let _ = connection.client.flush().await;
-                        let _ = connection.jetstream.delete_consumer(partition, &consumer).await;
-                        Done::Released(consumer)
-                    }));
+                    self.release(partition, consumer, Duration::from_millis(unserved)).await;
                 }
                 Step::ReadPlacement => {
                     self.read_placement(RETAKE_PAUSE.mul_f64(rand::random_range(0.5..1.0)));
@@ -77,6 +69,14 @@ impl Shell {
         }
         let count = self.holdings.partitions().count().max(1);
         let batch = (self.pull_bytes / count / self.average_bytes.max(1)).clamp(2, 128) as u64;
+        let batch = if !self.holdings.is_leaving(partition) {
+            batch
+        } else if self.core.rest(partition) == Rest::Contributions {
+            // The other contributions of rounds that have begun, one by one.
+            1
+        } else {
+            return;
+        };
         let Some(held) = self.holdings.pulled(partition) else { return };
         if let Some((subject, body)) = held.pull(partition, batch) {
             let reply = format!("{}.{partition}", self.inbox);

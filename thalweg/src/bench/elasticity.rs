@@ -203,6 +203,8 @@ fn side(args: &Args, kind: Side, jobs: u16, name: &str) -> anyhow::Result<Outcom
             let pools =
                 (0..jobs).map(|job| format!("streams.pools.{}.partitions={POOL_PARTITIONS}", pool_name(job)));
             settings.extend(pools);
+            // Nobody takes their partitions over at the end, so that waiting for it would only be added to their time.
+            settings.push("invoker.drain_ms=0".to_owned());
             Invokers::Own
         }
         Side::Elastic => Invokers::Scaled(0..=usize::from(args.invokers * args.jobs)),

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 
 use crate::{
-    nats::{self, signal, terminate},
+    nats::{self, signal, terminate, wait},
     process,
 };
 
@@ -179,7 +179,7 @@ impl Stack {
             self.ended_cpu += process::cpu_seconds(invoker.id()).0;
             signal(invoker);
         }
-        ending.iter_mut().try_for_each(|(_, invoker)| terminate(invoker))
+        ending.iter_mut().try_for_each(|(_, invoker)| wait(invoker))
     }
 
     /// Ends everything in order.

@@ -285,7 +285,7 @@ fn decisions(stack: &Stack) -> anyhow::Result<Vec<Decision>> {
     let lines = journal::read(&stack.log("autoscaler"), &[DECIDED])?;
     let decision = |line: &journal::Line| {
         let count = |name| line.number(name).map(|count| count as usize);
-        let (previous, target) = (count("previous")?, count("target")?);
+        let (previous, target) = (count("previous")?, count("wanted")?);
         Some(Decision { at: line.at, previous, target })
     };
     lines.iter().map(|line| decision(line).context("a decision without its numbers")).collect()
