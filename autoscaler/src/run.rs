@@ -51,8 +51,7 @@ pub enum AutoscalerError {
 /// [`AutoscalerError`]; failures of NATS are waited out.
 pub async fn run(
     mut policy: watch::Receiver<Config>,
-    streams: StreamsConfig,
-    pool: Pool,
+    (streams, pool): (StreamsConfig, Pool),
     connection: Connection,
     actuator: Box<dyn Actuator>,
     report: Report,

@@ -42,8 +42,8 @@ pub(crate) async fn scale(
         let (actuator, streams) = (actuator(&of_pool)?, config.streams.clone());
         let (connection, token) = (scaling.connection.clone(), stop.clone());
         tasks.spawn(async move {
-            let scaled =
-                thalweg_autoscaler::run(policy, streams, pool, connection, actuator, report, status, token);
+            let of = (streams, pool);
+            let scaled = thalweg_autoscaler::run(policy, of, connection, actuator, report, status, token);
             Ok::<_, anyhow::Error>(scaled.await?)
         });
     }

@@ -37,7 +37,7 @@ use super::{
 #[command(verbatim_doc_comment)]
 pub(super) struct Args {
     /// CPUs of an invoker: few, so that several of them fit this machine
-    #[arg(long, default_value_t = 0.03)]
+    #[arg(long, default_value_t = 0.1)]
     cpu_quota: f64,
     /// Most invokers
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(8..=32))]
