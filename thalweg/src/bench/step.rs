@@ -177,7 +177,7 @@ impl Run<'_> {
     }
 
     /// Offers nothing until the last invoker has ended; seconds.
-    async fn to_zero(&mut self) -> anyhow::Result<f64> {
+    async fn fall_to_zero(&mut self) -> anyhow::Result<f64> {
         let begun = Instant::now();
         self.offered.offer(0.0, 0.0);
         while !self.stack.invokers().is_empty() {
@@ -215,7 +215,7 @@ async fn measure(args: &Args, stack: &Stack, service_rate: f64) -> anyhow::Resul
     let low = run.phase(1.0, 0.0, length).await?;
     let high = run.phase(STEP, 0.0, length).await?;
     let again = run.phase(1.0, 0.0, length).await?;
-    let to_zero = run.to_zero().await?;
+    let to_zero = run.fall_to_zero().await?;
     let settling = run.phase(NOISY, NOISE, SETTLING).await?;
     let noisy = run.phase(NOISY, NOISE, Duration::from_secs(args.noisy_seconds)).await?;
     connection.client.drain().await?;
