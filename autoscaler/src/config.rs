@@ -83,7 +83,31 @@ impl Default for Config {
     }
 }
 
+/// What differs from the common policy for one pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolBounds {
+    /// Invokers kept even when there is nothing to do. Default 0.
+    pub min_invokers: usize,
+    /// Most invokers, at least 1. Default 4.
+    pub max_invokers: usize,
+}
+
+impl Default for PoolBounds {
+    fn default() -> Self {
+        let Config { min_invokers, max_invokers, .. } = Config::default();
+        Self { min_invokers, max_invokers }
+    }
+}
+
 impl Config {
+    /// These settings with the bounds of one pool.
+    #[must_use]
+    pub fn within(&self, bounds: PoolBounds) -> Self {
+        let PoolBounds { min_invokers, max_invokers } = bounds;
+        Self { min_invokers, max_invokers, ..self.clone() }
+    }
+
     /// Checks every value against its documented range.
     ///
     /// # Errors

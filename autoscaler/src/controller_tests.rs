@@ -292,8 +292,10 @@ fn silence_counts_only_while_observing_without_a_gap() {
 #[test]
 fn holders_found_at_the_start_are_adopted_until_their_silence_is_known() {
     let placed = |holder: &str| PlacedPartition { epoch: 5, holder: Some(holder.to_owned()) };
-    let found =
-        Placement { partitions: (0..8).map(|i| placed(if i < 4 { "old-1" } else { "old-2" })).collect() };
+    let found = Placement {
+        partitions: (0..8).map(|i| placed(if i < 4 { "old-1" } else { "old-2" })).collect(),
+        first: 0,
+    };
     let mut world = World::with(config(), true);
     world.placement = found.clone();
     world.depth_bytes = 64 * MIB;

@@ -96,9 +96,9 @@ fn of_many(stations: &[(f64, f64, f64)]) -> Vec<f64> {
     while high - low > PRECISE * high {
         let middle = f64::midpoint(low, high);
         if sum(middle) > middle {
-            low = middle
+            low = middle;
         } else {
-            high = middle
+            high = middle;
         }
         // The two may be neighbours already.
         if middle <= low && middle >= high {

@@ -3,10 +3,11 @@
 use std::{future::Future, time::Instant};
 
 use thalweg_broker::{LeaseConfig, LeaseKeeper, Registry};
-use thalweg_protocol::Incarnation;
+use thalweg_protocol::{Incarnation, Name};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+/// Role of the shared pool's autoscaler; those of others have the pool's name behind it.
 const ROLE: &str = "autoscaler";
 
 /// The lease as the loop sees it.
@@ -18,12 +19,14 @@ pub(crate) struct Leadership {
 impl Leadership {
     /// The lease, and the task that keeps it; the task ends and gives the lease up when `stop` fires.
     pub(crate) fn keep(
+        pool: Option<&Name>,
         config: LeaseConfig,
         registry: Registry,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (sender, held_until) = watch::channel(None);
-        let keeper = LeaseKeeper::new(ROLE, Incarnation::random(), config);
+        let role = pool.map_or_else(|| ROLE.to_owned(), |pool| format!("{ROLE}.{pool}"));
+        let keeper = LeaseKeeper::new(&role, Incarnation::random(), config);
         (Self { held_until }, keep(keeper, registry, sender, stop))
     }
 

@@ -37,7 +37,7 @@ pub mod trace;
 
 pub use actuator::{Actuator, ActuatorError, ExternalActuator, StartError};
 pub use agent::{AgentActuator, AgentConfig, AgentError, serve_agent};
-pub use config::Config;
+pub use config::{Config, PoolBounds};
 pub use controller::{Action, Controller};
 pub use docker::{DockerActuator, DockerConfig};
 pub use history::{History, Millis, Sample};

@@ -1,6 +1,7 @@
 //! Metrics of the autoscaler.
 
-use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics::{Label, counter, describe_counter, describe_gauge, gauge};
+use thalweg_protocol::Name;
 
 use crate::{Reason, Status};
 
@@ -25,17 +26,20 @@ pub fn describe() {
     describe_counter!(STARTS, "Invokers started, by whether that worked");
 }
 
-pub(crate) fn status(status: &Status) {
-    gauge!(DEPTH_MESSAGES).set(status.depth_messages as f64);
-    gauge!(DEPTH_BYTES).set(status.depth_bytes as f64);
-    gauge!(TARGET).set(status.target as f64);
+/// The shared pool's gauges have no label of a pool.
+pub(crate) fn status(pool: Option<&Name>, status: &Status) {
+    let of_pool: Vec<_> = pool.map(|pool| Label::new("pool", pool.to_string())).into_iter().collect();
+    gauge!(DEPTH_MESSAGES, of_pool.clone()).set(status.depth_messages as f64);
+    gauge!(DEPTH_BYTES, of_pool.clone()).set(status.depth_bytes as f64);
+    gauge!(TARGET, of_pool.clone()).set(status.target as f64);
     for (state, count) in [
         ("starting", status.starting),
         ("ready", status.ready),
         ("draining", status.draining),
         ("spare", status.spare),
     ] {
-        gauge!(INVOKERS, "state" => state).set(count as f64);
+        let labels: Vec<_> = of_pool.iter().cloned().chain([Label::new("state", state)]).collect();
+        gauge!(INVOKERS, labels).set(count as f64);
     }
 }
 

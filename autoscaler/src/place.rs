@@ -27,12 +27,13 @@ pub struct Candidate {
 /// Deterministic and idempotent.
 #[must_use]
 pub fn place(current: &Placement, candidates: &[Candidate], partitions: Partition) -> Placement {
-    let mut next = Placement { partitions: current.partitions.clone() };
+    let mut next = Placement { partitions: current.partitions.clone(), first: current.first };
     next.partitions.resize(usize::from(partitions), PlacedPartition::default());
     let holders = assign(&next, candidates);
     let mut reported: HashMap<usize, Epoch> = HashMap::new();
     for (partition, epoch) in candidates.iter().flat_map(|candidate| &candidate.held) {
-        let highest = reported.entry(usize::from(*partition)).or_default();
+        let Some(index) = partition.checked_sub(current.first) else { continue };
+        let highest = reported.entry(usize::from(index)).or_default();
         *highest = (*highest).max(*epoch);
     }
     for (index, (placed, holder)) in next.partitions.iter_mut().zip(holders).enumerate() {

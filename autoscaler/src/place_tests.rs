@@ -11,7 +11,7 @@ fn placement(holders: &[(Epoch, Option<&str>)]) -> Placement {
         epoch: *epoch,
         holder: holder.map(str::to_owned),
     };
-    Placement { partitions: holders.iter().map(placed).collect() }
+    Placement { partitions: holders.iter().map(placed).collect(), first: 0 }
 }
 
 fn counts(placement: &Placement) -> BTreeMap<String, usize> {
@@ -80,7 +80,7 @@ proptest! {
     ) {
         let before = Placement { partitions: holders.iter().map(|(epoch, holder)| PlacedPartition {
             epoch: *epoch, holder: holder.map(|id| id.to_string()),
-        }).collect() };
+        }).collect(), first: 0 };
         let members: Vec<_> = members.into_iter().map(|(id, (placeable, held))| Candidate {
             id: id.to_string(), placeable, held,
         }).collect();

@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use thalweg_broker::{
-    Backoff, Connection, Queues as _, Registry, RegistryError, Report, Revision, Said, StreamsConfig,
+    Backoff, Connection, Pool, Queues as _, Registry, RegistryError, Report, Revision, Said, StreamsConfig,
     consumer_epochs, ensure_streams,
 };
-use thalweg_protocol::{InvokerBeat, Kind, PLACEMENT_KEY, PlacedPartition, Placement, frame, subjects};
+use thalweg_protocol::{InvokerBeat, Kind, PlacedPartition, Placement, frame, placement_key, subjects};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -38,7 +38,7 @@ pub enum AutoscalerError {
     Closed(String),
 }
 
-/// Scales and places until `shutdown`; then hands the partitions of its invokers over and stops them (if
+/// Scales and places the invokers of one pool until `shutdown`; then hands the partitions of its invokers over and stops them (if
 /// so configured) and gives the lease up.
 ///
 /// Of several autoscalers the one with the lease acts, the others watch. `status` shows what this one
@@ -51,7 +51,7 @@ pub enum AutoscalerError {
 /// [`AutoscalerError`]; failures of NATS are waited out.
 pub async fn run(
     mut policy: watch::Receiver<Config>,
-    streams: StreamsConfig,
+    (streams, pool): (StreamsConfig, Pool),
     connection: Connection,
     actuator: Box<dyn Actuator>,
     report: Report,
@@ -64,15 +64,17 @@ pub async fn run(
     let Some(registry) = open_registry(&connection, &shutdown).await else { return Ok(()) };
     report(Some("waiting for the streams"));
     let stop_lease = CancellationToken::new();
-    let (leadership, keep) = Leadership::keep(config.lease, registry.clone(), stop_lease.clone());
+    let (leadership, keep) =
+        Leadership::keep(pool.name.as_ref(), config.lease, registry.clone(), stop_lease.clone());
     let lease_task = tokio::spawn(keep);
     let clock = Clock::start();
     let ids = Box::new(|| format!("auto-{:08x}", rand::random::<u32>()));
-    let controller = Controller::new(config.clone(), streams.partitions, actuator.starts(), ids, clock.now());
+    let controller = Controller::new(config.clone(), pool.partitions, actuator.starts(), ids, clock.now());
     let mut shell = Shell {
         config,
         policy,
         streams,
+        pool,
         connection,
         registry,
         actuator,
@@ -154,6 +156,7 @@ struct Shell {
     config: Config,
     policy: watch::Receiver<Config>,
     streams: StreamsConfig,
+    pool: Pool,
     connection: Connection,
     registry: Registry,
     actuator: Box<dyn Actuator>,
@@ -175,7 +178,7 @@ impl Shell {
         let closed = |reason: &str| AutoscalerError::Closed(reason.to_owned());
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
-        let beats = self.connection.client.subscribe(subjects::INVOKER_BEATS).await;
+        let beats = self.connection.client.subscribe(subjects::invoker_beats(self.pool.name.as_ref())).await;
         let mut beats = beats.map_err(|error| AutoscalerError::Closed(error.to_string()))?;
         let mut next_cycle = Instant::now();
         loop {
@@ -291,7 +294,8 @@ impl Shell {
                 self.streams_ensured = true;
             }
             let asked = self.clock.now();
-            let depths = self.connection.jetstream.depths(self.streams.partitions).await?;
+            let mut depths = self.connection.jetstream.depths(self.pool.first + self.pool.partitions).await?;
+            depths.drain(..usize::from(self.pool.first));
             Ok::<_, RegistryError>((depths, asked))
         };
         match depths.await {
@@ -343,7 +347,7 @@ impl Shell {
         if status.leading {
             self.scale(status.target).await;
         }
-        metrics::status(&status);
+        metrics::status(self.pool.name.as_ref(), &status);
         self.status.send_if_modified(|shown| {
             let changed = *shown != status;
             *shown = status;
@@ -384,15 +388,21 @@ impl Shell {
         Ok(())
     }
 
+    fn placement_key(&self) -> String {
+        placement_key(self.pool.name.as_ref())
+    }
+
     async fn read_placement(&mut self) -> Result<(), RegistryError> {
-        let (placement, revision) = self.registry.get::<Placement>(PLACEMENT_KEY).await?;
+        let (placement, revision) = self.registry.get::<Placement>(&self.placement_key()).await?;
         let placement = match placement {
             Some(placement) => placement,
             // A first start, or a registry that was lost: consumers that are left name the epochs in use.
             None => {
-                let epochs = consumer_epochs(&self.connection.jetstream, self.streams.partitions).await?;
+                let Pool { first, partitions, .. } = self.pool;
+                let range = first..first + partitions;
+                let epochs = consumer_epochs(&self.connection.jetstream, range).await?;
                 let unheld = epochs.into_iter().map(|epoch| PlacedPartition { epoch, holder: None });
-                Placement { partitions: unheld.collect() }
+                Placement { partitions: unheld.collect(), first }
             }
         };
         let now = self.clock.now();
@@ -410,7 +420,7 @@ impl Shell {
     async fn write_placement(&mut self, placement: Placement) -> Result<bool, RegistryError> {
         // Taken: after an error it is unknown whether the write has happened.
         let Some(known) = self.placement.take() else { return Ok(false) };
-        let Ok(revision) = self.registry.put(PLACEMENT_KEY, &placement, known.revision).await? else {
+        let Ok(revision) = self.registry.put(&self.placement_key(), &placement, known.revision).await? else {
             return Ok(false);
         };
         self.placement = Some(Known { revision, ..known });
@@ -460,7 +470,8 @@ fn say(record: &DecisionRecord) {
     tracing::info!(
         reason = record.reason.as_str(),
         previous = record.previous,
-        target = record.target,
+        // Not `target`: that is what a log's line says of the module it comes from.
+        wanted = record.target,
         depth_messages = record.status.depth_messages,
         depth_bytes = record.status.depth_bytes,
         starting = record.status.starting,

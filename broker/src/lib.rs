@@ -25,5 +25,6 @@ pub use registry::{Bucket, Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};
 pub use said::Said;
 pub use streams::{
-    PartitionDepth, Queue, QueueError, Queues, StreamStorage, StreamsConfig, consumer_epochs, ensure_streams,
+    PartitionDepth, Pool, PoolConfig, Queue, QueueError, Queues, StreamStorage, StreamsConfig,
+    consumer_epochs, ensure_streams,
 };

@@ -1,6 +1,6 @@
 //! The partitions' work queues: their definition, their recreation (rule P16), their depth.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, ops::Range, time::Duration};
 
 use async_nats::jetstream::{
     self, ErrorCode as JetStreamError,
@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
-use thalweg_protocol::{Epoch, JobKey, Partition, STREAMS_KEY, Streams, limits, subjects};
+use thalweg_protocol::{Epoch, JobKey, Name, Partition, STREAMS_KEY, Streams, limits, subjects};
 
 use crate::{Registry, RegistryError};
 
@@ -37,11 +37,66 @@ pub struct StreamsConfig {
     pub storage: StreamStorage,
     /// Copies the broker keeps of each queue; more than 1 needs a NATS cluster. Default 1.
     pub replicas: usize,
+    /// Pools beside the shared one, by name: each has partitions of its own, and invokers that serve no others. Default
+    /// none.
+    pub pools: BTreeMap<Name, PoolConfig>,
+}
+
+/// A pool beside the shared one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PoolConfig {
+    /// Number of its partitions, at least 1. Default 8.
+    pub partitions: Partition,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { partitions: 8 }
+    }
+}
+
+/// A pool with its partitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Its name; `None` for the shared one.
+    pub name: Option<Name>,
+    /// The first of its partitions.
+    pub first: Partition,
+    /// How many there are.
+    pub partitions: Partition,
+}
+
+impl StreamsConfig {
+    /// All pools: the shared one first, with the first partitions, then the others in the order of their names.
+    pub fn all_pools(&self) -> impl Iterator<Item = Pool> {
+        let shared = Pool { name: None, first: 0, partitions: self.partitions };
+        let mut first = self.partitions;
+        let named = self.pools.iter().map(move |(name, pool)| {
+            let pool = Pool { name: Some(name.clone()), first, partitions: pool.partitions };
+            first = first.saturating_add(pool.partitions);
+            pool
+        });
+        std::iter::once(shared).chain(named)
+    }
+
+    /// The pool of that name (`None`: the shared one), if there is one.
+    #[must_use]
+    pub fn pool(&self, name: Option<&Name>) -> Option<Pool> {
+        self.all_pools().find(|pool| pool.name.as_ref() == name)
+    }
+
+    /// Number of partitions of all pools.
+    #[must_use]
+    pub fn total(&self) -> Partition {
+        self.all_pools().fold(0, |total, pool| total.saturating_add(pool.partitions))
+    }
 }
 
 impl Default for StreamsConfig {
     fn default() -> Self {
-        Self { partitions: limits::DEFAULT_PARTITIONS, storage: StreamStorage::Memory, replicas: 1 }
+        let (storage, pools) = (StreamStorage::Memory, BTreeMap::new());
+        Self { partitions: limits::DEFAULT_PARTITIONS, storage, replicas: 1, pools }
     }
 }
 
@@ -148,10 +203,10 @@ pub async fn ensure_streams(
 /// [`RegistryError::Unavailable`], also when a stream is missing.
 pub async fn consumer_epochs(
     queues: &dyn Queues,
-    partitions: Partition,
+    partitions: Range<Partition>,
 ) -> Result<Vec<Epoch>, RegistryError> {
-    let mut epochs = Vec::with_capacity(usize::from(partitions));
-    for partition in 0..partitions {
+    let mut epochs = Vec::with_capacity(partitions.len());
+    for partition in partitions {
         let consumers = queues.look(partition).await?.consumers;
         epochs.push(consumers.iter().map(|(name, _)| subjects::consumer_epoch(name)).max().unwrap_or(0));
     }
@@ -196,8 +251,8 @@ fn unavailable(error: impl std::fmt::Display) -> QueueError {
 #[async_trait]
 impl Queues for jetstream::Context {
     async fn ensure(&self, config: &StreamsConfig) -> Result<Vec<i64>, QueueError> {
-        let mut created = Vec::with_capacity(usize::from(config.partitions));
-        for partition in 0..config.partitions {
+        let mut created = Vec::with_capacity(usize::from(config.total()));
+        for partition in 0..config.total() {
             let stream = self.get_or_create_stream(gradient_stream(partition, config)).await;
             created
                 .push(nanoseconds(stream.map_err(unavailable)?.cached_info().created.unix_timestamp_nanos()));
@@ -320,4 +375,24 @@ impl Queues for jetstream::Context {
 
 fn nanoseconds(time: i128) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pools_follow_the_shared_partitions_in_the_order_of_their_names() {
+        let name = |name: &str| Name::new(name).unwrap();
+        let pools = [("b", 3), ("a", 5)].map(|(pool, partitions)| (name(pool), PoolConfig { partitions }));
+        let config = StreamsConfig { partitions: 10, pools: pools.into(), ..StreamsConfig::default() };
+        let range = |pool: Option<&str>| {
+            config.pool(pool.map(name).as_ref()).map(|pool| (pool.first, pool.partitions))
+        };
+        assert_eq!(range(None), Some((0, 10)));
+        assert_eq!(range(Some("a")), Some((10, 5)));
+        assert_eq!(range(Some("b")), Some((15, 3)));
+        assert_eq!(range(Some("c")), None);
+        assert_eq!((config.total(), StreamsConfig::default().total()), (18, 32));
+    }
 }

@@ -2,11 +2,10 @@
 
 use std::{fmt, sync::Arc};
 
-use thalweg_broker::{Queues, Registry, RegistryError};
+use thalweg_broker::{Pool, Queues, Registry, RegistryError, StreamsConfig};
 use thalweg_protocol::{
     Durability, ErrorCode, FoldOrder, Incarnation, JobKey, JobRecord, JobSpec, JobState, Layout, Life,
-    Partition, Roster, STORE_KEY, SettingsRevision, StoreId, StoreRecord, WireError, job_key, limits,
-    roster_key,
+    Roster, STORE_KEY, SettingsRevision, StoreId, StoreRecord, WireError, job_key, limits, roster_key,
 };
 use thalweg_store::{ShardStore, StoreError};
 
@@ -29,8 +28,8 @@ pub struct Jobs {
     pub stores: Stores,
     /// Bytes of the largest message that the broker takes.
     pub max_payload: usize,
-    /// Partitions of jobs that are created.
-    pub partitions: Partition,
+    /// The pools that jobs may ask for, with their partitions.
+    pub streams: StreamsConfig,
     /// As in [`crate::Config`].
     pub nats_syncs_always: bool,
     /// Makes incarnations, which must never repeat.
@@ -235,6 +234,7 @@ impl Jobs {
             let text = "no store has registered yet: start one (thalweg store, or thalweg up)";
             return Err(WireError::new(ErrorCode::Unavailable, text));
         };
+        let pool = self.pool(spec)?;
         let elements: u64 = spec.tensors.iter().filter_map(|tensor| tensor.elements()).sum();
         // State and message overhead have to fit one message of this server.
         let order = match spec.policy.order {
@@ -258,13 +258,27 @@ impl Jobs {
             layout: Layout { elements, shard_elements },
             slots,
             store: store.id,
-            partitions: self.partitions,
+            partitions: pool.partitions,
             state: JobState::Creating,
             settings: vec![SettingsRevision { revision: 0, from_round: 0, function: spec.function.clone() }],
-            life: Life::default(),
+            life: Life { first_partition: pool.first, ..Life::default() },
         };
         self.check_size(&record)?;
         Ok(record)
+    }
+
+    /// The pool that a job asks for.
+    fn pool(&self, spec: &JobSpec) -> Result<Pool, WireError> {
+        let wanted = spec.policy.pool.as_ref();
+        self.streams.pool(wanted).ok_or_else(|| {
+            let names: Vec<_> = self.streams.pools.keys().map(ToString::to_string).collect();
+            let there = if names.is_empty() { "only the shared one".to_owned() } else { names.join(", ") };
+            let wanted = wanted.map(ToString::to_string).unwrap_or_default();
+            let text = format!(
+                "no pool {wanted:?}; there is {there}: leave it out for the shared one, or add it to streams.pools"
+            );
+            WireError::new(ErrorCode::InvalidSpec, text)
+        })
     }
 
     /// A job's record has to fit one message of the registry, or nobody could ever read it.

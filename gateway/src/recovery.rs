@@ -182,7 +182,7 @@ mod tests {
             let mut job = record();
             job.spec.policy.on_loss = on_loss;
             job.state = state;
-            job.life = Life { paused: None, origin, replaces };
+            job.life = Life { paused: None, origin, replaces, first_partition: 0 };
             assert_eq!(is_due(&job), due, "{why}: {:?}", job.state);
         }
     }

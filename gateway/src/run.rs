@@ -103,7 +103,7 @@ pub async fn run(
         queues: Arc::new(connection.jetstream.clone()),
         max_payload: client.max_payload(),
         stores: Arc::new(move |id| Arc::new(StoreClient::new(client.clone(), id))),
-        partitions: streams.partitions,
+        streams: streams.clone(),
         nats_syncs_always: config.nats_syncs_always,
         incarnations: Arc::new(Incarnation::random),
     };
@@ -183,7 +183,7 @@ pub async fn run(
             }
             _ = sweep.tick() => {
                 let (gateway, queues) = (gateway.clone(), connection.jetstream.clone());
-                let partitions = streams.partitions;
+                let partitions = streams.total();
                 tokio::spawn(async move { gateway.sweep(&queues, partitions).await });
             }
             () = shutdown.cancelled() => break,

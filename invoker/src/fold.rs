@@ -1,6 +1,6 @@
 //! Performing a fold: state from the store, contributions in rank order, parked ones from the stream.
 
-use std::panic::AssertUnwindSafe;
+use std::{cell::Cell, panic::AssertUnwindSafe};
 
 use bytes::Bytes;
 use thalweg_broker::{Queues, Registry, stage};
@@ -25,6 +25,8 @@ pub struct FoldContext<'a> {
     pub stream_created: i64,
     /// The suspect found when the partition was taken over.
     pub suspect: Option<Suspect>,
+    /// Counts the bytes of parked contributions.
+    pub read_again_bytes: &'a Cell<u64>,
 }
 
 /// Folds one round of one shard, or some more of it; returns the next state, or the suspended fold.
@@ -103,6 +105,7 @@ async fn read_parked(context: &FoldContext<'_>, plan: &Plan, input: &Input) -> R
     let unavailable = |error: &dyn std::fmt::Display| FoldError::Unavailable(error.to_string());
     let message = context.queues.read(plan.partition, input.sequence).await;
     let message = message.map_err(|error| unavailable(&error))?.ok_or(FoldError::ParkedGone(input.rank))?;
+    context.read_again_bytes.set(context.read_again_bytes.get() + message.len() as u64);
     if checksum(&[&message]) != input.checksum {
         return Err(FoldError::ParkedGone(input.rank));
     }

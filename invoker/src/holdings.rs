@@ -14,13 +14,30 @@ use crate::{
 /// A partition on its way to or in our hands.
 #[derive(Debug)]
 enum Slot {
-    Taking {
-        epoch: Epoch,
-    },
+    Taking { epoch: Epoch },
     Held(Box<Holding>),
-    /// To be given up once its invocations have ended, or at the latest then.
-    Leaving(Box<Holding>, Millis),
+    Leaving(Box<Leaving>),
 }
+
+/// A partition that is about to be given up. It is served on until the next holder asks for it and nothing of it is
+/// held, so that it is never without a holder and nothing has to be delivered again. But not for long, since whoever
+/// takes it over may be dead, and rounds may last: then no more rounds are begun, and those under way end.
+#[derive(Debug)]
+struct Leaving {
+    held: Holding,
+    /// The next holder is there, or there will be none.
+    asked: bool,
+    served_until: Millis,
+    /// Since when it is not served.
+    unserved: Option<Millis>,
+    /// Given up then at the latest.
+    until: Millis,
+}
+
+/// How long a partition that is about to be given up is served while nobody asks for it.
+const UNASKED_MS: Millis = 1000;
+/// How long it is served on for the sake of what is held of it.
+const SERVED_ON_MS: Millis = 100;
 
 /// What to do, in order.
 #[derive(Debug)]
@@ -40,9 +57,27 @@ pub enum Step {
     Pull(Partition),
     /// Remove this consumer of ours, once every acknowledgement on its way has arrived, so that the next
     /// holder sees an orderly handover.
-    Release(Partition, String),
+    Release {
+        /// Of which partition.
+        partition: Partition,
+        /// Its name.
+        consumer: String,
+        /// How long the partition has not been served by now.
+        unserved: Millis,
+    },
     /// Read the placement again, after a short pause: taking over has failed.
     ReadPlacement,
+}
+
+/// What a partition still has to do here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing of it is held.
+    Nothing,
+    /// Contributions are held.
+    Contributions,
+    /// Rounds are being folded or committed.
+    Invocations,
 }
 
 /// What a delivery is to us.
@@ -78,6 +113,7 @@ impl Holdings {
         let mut steps = Vec::new();
         for (index, placed) in placement.partitions.iter().enumerate() {
             let partition = Partition::try_from(index).unwrap_or(Partition::MAX);
+            let partition = placement.first.saturating_add(partition);
             let ours = placed.holder.as_ref() == Some(&self.id);
             match self.slots.get(&partition) {
                 None if ours => self.take(partition, placed.epoch, None, &mut steps),
@@ -88,7 +124,7 @@ impl Holdings {
                     self.take(partition, placed.epoch, None, &mut steps);
                 }
                 Some(Slot::Held(held)) if !ours && held.epoch < placed.epoch => {
-                    self.leave(partition, now, &mut steps);
+                    self.leave(partition, placed.holder.is_none(), now);
                 }
                 Some(Slot::Taking { epoch }) if !ours && *epoch < placed.epoch => {
                     self.slots.remove(&partition);
@@ -104,12 +140,37 @@ impl Holdings {
         steps.push(Step::Take { partition, epoch, own });
     }
 
-    /// Starts to give a partition up: what is complete is finished first.
-    fn leave(&mut self, partition: Partition, now: Millis, steps: &mut Vec<Step>) {
-        if let Some(Slot::Held(held)) = self.slots.remove(&partition) {
-            self.slots.insert(partition, Slot::Leaving(held, now + self.drain_ms / 2));
-            steps.push(Step::Tell(Event::Drain(partition)));
+    /// Starts to give a partition up, or hears that whoever takes it is there: `asked`.
+    fn leave(&mut self, partition: Partition, asked: bool, now: Millis) {
+        let until = now + self.drain_ms / 2;
+        let served_until = until.min(now + if asked { SERVED_ON_MS } else { UNASKED_MS });
+        match self.slots.remove(&partition) {
+            Some(Slot::Held(held)) => {
+                let leaving = Leaving { held: *held, asked, served_until, unserved: None, until };
+                self.slots.insert(partition, Slot::Leaving(Box::new(leaving)));
+            }
+            Some(Slot::Leaving(mut leaving)) => {
+                if asked && !leaving.asked {
+                    leaving.asked = true;
+                    leaving.served_until = leaving.served_until.min(served_until);
+                }
+                self.slots.insert(partition, Slot::Leaving(leaving));
+            }
+            Some(taking) => drop(self.slots.insert(partition, taking)),
+            None => {}
         }
+    }
+
+    /// Another invoker takes a partition over by the placement of `epoch`, which may not have been read here yet.
+    /// Returns whether a [`Step::Release`] of that consumer will follow; else it is not held here.
+    pub fn asked(&mut self, partition: Partition, consumer: &str, epoch: Epoch, now: Millis) -> bool {
+        match self.slots.get(&partition) {
+            Some(Slot::Held(held)) if held.consumer == consumer && held.epoch < epoch => {}
+            Some(Slot::Leaving(leaving)) if leaving.held.consumer == consumer => {}
+            _ => return false,
+        }
+        self.leave(partition, true, now);
+        true
     }
 
     /// A takeover has ended.
@@ -149,7 +210,7 @@ impl Holdings {
     pub fn retake(&mut self, partition: Partition, reason: &str) -> Vec<Step> {
         let (epoch, own) = match self.slots.get(&partition) {
             Some(Slot::Held(held)) => (held.epoch, Some(held.consumer.clone())),
-            Some(Slot::Leaving(..)) => {
+            Some(Slot::Leaving(_)) => {
                 self.slots.remove(&partition);
                 return vec![Step::Tell(Event::Lost(partition))];
             }
@@ -222,55 +283,94 @@ impl Holdings {
         self.drain_until.is_some() && self.slots.is_empty()
     }
 
-    /// Gives up what is ready for it; `is_quiet` tells whether a partition has no invocation under way.
+    /// Gives up what is ready for it; `rest` tells what a partition still has to do here.
     #[must_use]
-    pub fn settle(&mut self, is_quiet: impl Fn(Partition) -> bool, now: Millis) -> Vec<Step> {
+    pub fn settle(&mut self, rest: impl Fn(Partition) -> Rest, now: Millis) -> Vec<Step> {
         let over = self.drain_until.is_some_and(|until| now >= until);
         if over && !self.slots.is_empty() {
             tracing::warn!("nobody took the partitions over in time; leaving them to the next invoker");
         }
-        let done = |partition: Partition, slot: &Slot| match slot {
-            Slot::Leaving(_, until) => over || is_quiet(partition) || now > *until,
-            _ => over,
-        };
-        let done: Vec<_> = (self.slots.iter())
-            .filter(|(partition, slot)| done(**partition, slot))
-            .map(|(partition, _)| *partition)
-            .collect();
         let mut steps = Vec::new();
+        let mut done = Vec::new();
+        for (partition, slot) in &mut self.slots {
+            let Slot::Leaving(leaving) = slot else {
+                done.extend(over.then_some(*partition));
+                continue;
+            };
+            let rest = rest(*partition);
+            if now >= leaving.served_until && leaving.unserved.is_none() {
+                leaving.unserved = Some(now);
+                steps.push(Step::Tell(Event::Drain(*partition)));
+            }
+            let finished = match leaving.unserved {
+                None => leaving.asked && rest == Rest::Nothing && leaving.held.is_dry(),
+                Some(_) => rest != Rest::Invocations || now > leaving.until,
+            };
+            done.extend((over || finished).then_some(*partition));
+        }
         for partition in done {
             let slot = self.slots.remove(&partition);
             steps.push(Step::Tell(Event::Lost(partition)));
-            if let Some(Slot::Held(held) | Slot::Leaving(held, _)) = slot {
-                tracing::info!(partition, epoch = held.epoch, "gives partition up");
-                steps.push(Step::Release(partition, held.consumer));
-            }
+            let (held, unserved) = match slot {
+                Some(Slot::Held(held)) => (*held, now),
+                Some(Slot::Leaving(leaving)) => (leaving.held, leaving.unserved.unwrap_or(now)),
+                _ => continue,
+            };
+            tracing::info!(partition, epoch = held.epoch, "gives partition up");
+            let unserved = now.saturating_sub(unserved);
+            steps.push(Step::Release { partition, consumer: held.consumer, unserved });
         }
         steps
+    }
+
+    /// When to call [`Holdings::settle`] although nothing else happens.
+    #[must_use]
+    pub fn settle_at(&self) -> Option<Millis> {
+        let due = |slot: &Slot| match slot {
+            Slot::Leaving(leaving) if leaving.unserved.is_none() => Some(leaving.served_until),
+            Slot::Leaving(leaving) => Some(leaving.until + 1),
+            _ => None,
+        };
+        self.slots.values().filter_map(due).chain(self.drain_until).min()
+    }
+
+    /// Whether a partition is in our hands by this consumer, also while it is being given up.
+    #[must_use]
+    pub fn holds(&self, partition: Partition, consumer: &str) -> bool {
+        self.get(partition).is_some_and(|held| held.consumer == consumer)
     }
 
     /// A partition in our hands, also while it is being given up.
     #[must_use]
     pub fn get(&self, partition: Partition) -> Option<&Holding> {
         match self.slots.get(&partition)? {
-            Slot::Held(held) | Slot::Leaving(held, _) => Some(held),
+            Slot::Held(held) => Some(held),
+            Slot::Leaving(leaving) => Some(&leaving.held),
             Slot::Taking { .. } => None,
         }
     }
 
     fn get_mut(&mut self, partition: Partition) -> Option<&mut Holding> {
         match self.slots.get_mut(&partition)? {
-            Slot::Held(held) | Slot::Leaving(held, _) => Some(held),
+            Slot::Held(held) => Some(held),
+            Slot::Leaving(leaving) => Some(&mut leaving.held),
             Slot::Taking { .. } => None,
         }
     }
 
-    /// A partition that is pulled from: not one that is being given up.
+    /// A partition that is pulled from: not one of which no more rounds are begun.
     pub fn pulled(&mut self, partition: Partition) -> Option<&mut Holding> {
         match self.slots.get_mut(&partition)? {
             Slot::Held(held) => Some(held),
+            Slot::Leaving(leaving) if leaving.unserved.is_none() => Some(&mut leaving.held),
             _ => None,
         }
+    }
+
+    /// Whether a partition is being given up: then no more is asked for than what is held waits for.
+    #[must_use]
+    pub fn is_leaving(&self, partition: Partition) -> bool {
+        matches!(self.slots.get(&partition), Some(Slot::Leaving(_)))
     }
 
     /// Where to acknowledge a message; once only.
@@ -290,3 +390,7 @@ impl Holdings {
         self.partitions().filter_map(epoch).collect()
     }
 }
+
+#[cfg(test)]
+#[path = "holdings_tests.rs"]
+mod tests;

@@ -17,6 +17,8 @@ mod run;
 
 pub use fold::{FoldContext, fold};
 pub use job::Job;
-pub use partition::{Holding, Takeover, TakeoverError, clear_suspect, take_over};
+pub use partition::{
+    Former, HandedOver, Holding, Peers, Takeover, TakeoverError, Taker, clear_suspect, take_over,
+};
 pub use quota::CpuScope;
 pub use run::{Config, run};

@@ -18,6 +18,7 @@ const DEAD_LETTERS: &str = "thalweg_invoker_dead_letters_total";
 const PARKED: &str = "thalweg_invoker_parked_total";
 const CONFLICTS: &str = "thalweg_invoker_conflicts_total";
 const TAKEOVERS: &str = "thalweg_invoker_takeovers_total";
+const HANDOVER: &str = "thalweg_invoker_handover_seconds";
 const FOLD: &str = "thalweg_invoker_fold_seconds";
 const COMMIT: &str = "thalweg_invoker_commit_seconds";
 const HELD: &str = "thalweg_invoker_held_bytes";
@@ -37,6 +38,7 @@ pub fn describe() {
     describe_counter!(PARKED, "Contributions left in their stream for want of memory");
     describe_counter!(CONFLICTS, "Commits that found the shard elsewhere");
     describe_counter!(TAKEOVERS, "Partitions taken over, by whether their holder had left work behind");
+    describe_histogram!(HANDOVER, "Time without a holder of a partition that was handed over in order");
     describe_histogram!(FOLD, "Time to fold one round of one shard, reading its state included");
     describe_histogram!(COMMIT, "Time from commit to its return at the job's durability level");
     describe_gauge!(HELD, "Payload bytes held in memory");
@@ -81,6 +83,10 @@ pub(crate) fn conflict() {
 
 pub(crate) fn takeover(unclean: bool) {
     counter!(TAKEOVERS, "unclean" => if unclean { "true" } else { "false" }).increment(1);
+}
+
+pub(crate) fn handed_over(unserved: Duration) {
+    histogram!(HANDOVER).record(unserved.as_secs_f64());
 }
 
 pub(crate) fn folded(duration: Duration) {

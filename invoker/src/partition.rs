@@ -1,8 +1,12 @@
 //! Holding a partition: taking it over, pulling from it by credit (rules P14, P15, P18).
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use async_nats::Subject;
+use async_trait::async_trait;
 use thalweg_broker::{QueueError, Queues, Registry, RegistryError};
 use thalweg_protocol::{Epoch, Partition, Suspect, subjects, suspect_key};
 
@@ -30,10 +34,42 @@ pub struct Holding {
     pub suspect: Option<Suspect>,
     /// Acknowledgement subjects by sequence.
     pub replies: HashMap<u64, Subject>,
+    /// That it was handed over in order, if it was.
+    pub handed_over: Option<HandedOver>,
     /// Next sequence of the consumer; a gap means that deliveries were lost on the way.
     next_delivery: u64,
     credit: u64,
+    /// Messages that the broker had left for us after the last delivery.
+    pending: u64,
     heard: Millis,
+}
+
+/// An orderly handover, as the taker knows of it.
+#[derive(Clone, Copy, Debug)]
+pub struct HandedOver {
+    /// How long nobody had served the partition when the former holder said so.
+    pub unserved: Duration,
+    /// When that was heard.
+    pub heard: Instant,
+}
+
+/// What became of asking a former holder for a partition.
+#[derive(Clone, Copy, Debug)]
+pub enum Former {
+    /// It has finished with the partition, and its consumer is gone.
+    HandedOver(HandedOver),
+    /// It has ended, or is not one to ask.
+    Gone,
+    /// It has not answered in time.
+    Silent,
+}
+
+/// Invokers, as one that takes a partition over reaches those that held it.
+#[async_trait]
+pub trait Peers: Send + Sync {
+    /// Asks the invoker that holds `partition` by `consumer` to hand it over, because of the placement of `epoch`;
+    /// waits for it, for a bounded time.
+    async fn ask(&self, partition: Partition, consumer: &str, epoch: Epoch) -> Former;
 }
 
 /// End of a takeover.
@@ -63,21 +99,53 @@ pub enum TakeoverError {
     Registry(#[from] RegistryError),
 }
 
-/// Takes a partition over: removes every consumer of this epoch or an older one, and creates one of our
-/// own with a name that was never used (`nonce` makes it so), so that buffered acknowledgements of the
-/// past hit nothing. `own` is our own consumer of before a reconnect.
+/// Whose takeover it is, and what may tell its consumer from all others.
+#[derive(Clone, Copy, Debug)]
+pub struct Taker<'a> {
+    /// Id of the invoker.
+    pub invoker: &'a str,
+    /// Its life, under which it can be asked for handovers.
+    pub life: u32,
+    /// Makes the consumer's name one that was never used.
+    pub nonce: u32,
+}
+
+/// Takes a partition over: waits for those of older epochs to hand it over where they can, removes every consumer of
+/// this epoch or an older one that is left, and creates one of our own with a name that was never used, so that
+/// buffered acknowledgements of the past hit nothing. `own` is our own consumer of before a reconnect.
 ///
 /// # Errors
 /// [`TakeoverError`]: to be tried again.
 pub async fn take_over(
     queues: &dyn Queues,
     registry: &Registry,
-    invoker: &str,
+    peers: &dyn Peers,
+    taker: Taker<'_>,
     (partition, epoch): (Partition, Epoch),
     own: Option<String>,
-    nonce: u64,
 ) -> Result<Takeover, TakeoverError> {
-    let queue = queues.look(partition).await?;
+    let mut queue = queues.look(partition).await?;
+    let mut handed_over = None;
+    let mut silent = false;
+    for (name, _) in &queue.consumers {
+        let theirs = subjects::consumer_epoch(name);
+        if theirs > epoch {
+            return Ok(Takeover::HigherEpoch(theirs));
+        }
+        if theirs < epoch && own.as_ref() != Some(name) {
+            match peers.ask(partition, name, epoch).await {
+                Former::HandedOver(orderly) => handed_over = Some(orderly),
+                Former::Gone => {}
+                Former::Silent => silent = true,
+            }
+        }
+    }
+    if handed_over.is_some() {
+        queue.consumers.clear();
+    } else if silent {
+        // It may have been given more meanwhile.
+        queue = queues.look(partition).await?;
+    }
     let mut unclean = false;
     for (name, pending) in &queue.consumers {
         let theirs = subjects::consumer_epoch(name);
@@ -88,10 +156,13 @@ pub async fn take_over(
         unclean |= *pending > 0 && own.as_ref() != Some(name);
         queues.delete_consumer(partition, name).await?;
     }
-    let name = subjects::consumer(epoch, nonce);
-    queues.create_consumer(partition, &name).await?;
+    let name = subjects::consumer(epoch, taker.life, taker.nonce);
     let stream_created = queue.created;
-    let (suspect, poison) = read_suspect(registry, invoker, partition, stream_created).await?;
+    // At once, because nobody serves the partition meanwhile. Whoever died has written its suspects before.
+    let ((), (suspect, poison)) = futures::try_join!(
+        async { Ok::<_, TakeoverError>(queues.create_consumer(partition, &name).await?) },
+        async { Ok(read_suspect(registry, taker.invoker, partition, stream_created).await?) },
+    )?;
     let unclean = unclean || suspect.is_some();
     metrics::takeover(unclean);
     tracing::info!(partition, epoch, consumer = name, unclean, backlog = queue.messages, "holds partition");
@@ -101,8 +172,10 @@ pub async fn take_over(
         stream_created,
         suspect,
         replies: HashMap::new(),
+        handed_over,
         next_delivery: 1,
         credit: 0,
+        pending: 0,
         heard: 0,
     };
     let careful_until = (unclean && queue.messages > 0).then_some(queue.last_sequence);
@@ -176,6 +249,16 @@ impl Holding {
         in_order
     }
 
+    /// Notes how many messages the broker has left for us.
+    pub fn left(&mut self, pending: u64) {
+        self.pending = pending;
+    }
+
+    /// Whether no message is on its way to us, as far as can be told: it would be delivered again to the next holder.
+    pub(crate) fn is_dry(&self) -> bool {
+        self.credit == 0 || self.pending == 0
+    }
+
     /// Notes that the pull request is alive.
     pub fn alive(&mut self, now: Millis) {
         self.heard = now;
@@ -215,5 +298,24 @@ impl Holding {
     /// Whether the pull request has died without a word.
     pub(crate) fn is_silent(&self, now: Millis) -> bool {
         now > self.heard + PULL_SILENCE_MS
+    }
+}
+
+#[cfg(test)]
+impl Holding {
+    /// One that has just been taken over, without a broker.
+    pub(crate) fn taken(epoch: Epoch, consumer: &str) -> Self {
+        Self {
+            epoch,
+            consumer: consumer.to_owned(),
+            stream_created: 0,
+            suspect: None,
+            replies: HashMap::new(),
+            handed_over: None,
+            next_delivery: 1,
+            credit: 0,
+            pending: 0,
+            heard: 0,
+        }
     }
 }

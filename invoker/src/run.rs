@@ -1,9 +1,12 @@
 //! The shell around the core: one task that moves events in and actions out.
 
+mod handover;
 mod perform;
 mod steps;
 
 use std::{
+    cell::Cell,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -26,6 +29,7 @@ use crate::{
     partition::{Takeover, TakeoverError},
     quota::{CpuScope, Quota},
 };
+use handover::Handovers;
 
 /// Settings of one invoker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,6 +37,8 @@ use crate::{
 pub struct Config {
     /// Its id; empty = a random one. Two invokers with one id fight over their partitions.
     pub id: String,
+    /// The pool whose partitions it serves; without one, the shared pool.
+    pub pool: Option<Name>,
     /// CPUs it may use, up to 1. Default 1.
     pub cpu_quota: f64,
     /// Memory for everything, bytes. Default 256 MiB. Contributions take at most three eighths of it;
@@ -54,6 +60,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             id: String::new(),
+            pool: None,
             cpu_quota: 1.0,
             memory_bytes: 256 << 20,
             invocations: 8,
@@ -80,6 +87,9 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 /// `scope` says whose CPU time `config.cpu_quota` is about. With a quota below 1 the invoker pauses when it has used
 /// more; it goes on beating meanwhile.
 ///
+/// Contributions and results go through `connection`. Takeovers and handovers go through `control`, where no answer has
+/// to wait behind the contributions that are on their way already.
+///
 /// Runs on a current-thread runtime: its future is not `Send`. May be dropped (or killed) at any
 /// moment without harm to any round.
 ///
@@ -88,6 +98,7 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 pub async fn run(
     config: Config,
     connection: Connection,
+    control: Connection,
     store: Arc<dyn ShardStore>,
     scope: CpuScope,
     report: Report,
@@ -99,7 +110,7 @@ pub async fn run(
         config.id.clone()
     };
     report(Some("waiting for the registry"));
-    let Some(registry) = open_registry(&connection, &shutdown).await else { return Ok(()) };
+    let Some(registry) = open_registry(&control, &shutdown).await else { return Ok(()) };
     let limits = Limits {
         held_bytes: config.memory_bytes / 8 * 3,
         invocations: config.invocations.max(1),
@@ -112,8 +123,11 @@ pub async fn run(
         core: Core::new(limits),
         pull_bytes: config.memory_bytes / PULL_SHARE,
         starved: false,
+        delivered_bytes: 0,
+        read_again_bytes: Rc::default(),
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
         holdings: Holdings::new(id.clone(), config.drain_ms),
+        handovers: Handovers::new(),
         started: Instant::now(),
         work: FuturesUnordered::new(),
         busyness: Busyness::new(config.cpu_quota, scope),
@@ -123,6 +137,7 @@ pub async fn run(
         id,
         inbox,
         connection,
+        control,
         registry,
         store,
         config,
@@ -163,6 +178,8 @@ enum Done {
     /// A fold has ended, of so many bytes.
     Folded(Event, u64),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
+    /// This consumer of ours is gone.
+    Released(String),
     Placement(Result<Placement, RegistryError>),
     Nothing,
 }
@@ -171,11 +188,13 @@ struct Shell {
     config: Config,
     id: String,
     connection: Connection,
+    control: Connection,
     registry: Registry,
     store: Arc<dyn ShardStore>,
     core: Core,
     inbox: String,
     holdings: Holdings,
+    handovers: Handovers,
     /// Time for the holdings: it must not jump with the system's clock.
     started: Instant,
     work: FuturesUnordered<LocalBoxFuture<'static, Done>>,
@@ -184,6 +203,9 @@ struct Shell {
     state: InvokerState,
     placement: Placement,
     pull_bytes: usize,
+    /// Bytes of messages delivered, and of those read back from their stream for a fold.
+    delivered_bytes: u64,
+    read_again_bytes: Rc<Cell<u64>>,
     /// A pull was held back while too much waited for look-ups.
     starved: bool,
     /// Moving average of message sizes, to turn bytes of credit into messages.
@@ -199,7 +221,9 @@ impl Shell {
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), async_nats::Error> {
         let client = self.connection.client.clone();
         let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
-        let mut hints = client.subscribe(subjects::registry_hint(">")).await?;
+        let control = self.control.client.clone();
+        let mut asked = control.subscribe(subjects::handover(self.handovers.life())).await?;
+        let mut hints = control.subscribe(subjects::registry_hint(">")).await?;
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
         let mut beats = tokio::time::interval(Duration::from_millis(self.config.beat_ms.max(10)));
@@ -218,18 +242,20 @@ impl Shell {
                 continue;
             }
             let now_ms = self.elapsed();
-            let drained_in = self.holdings.drain_until();
-            let drained_in = drained_in.map(|until| Duration::from_millis(until.saturating_sub(now_ms)));
+            let settle_in = self.holdings.settle_at();
+            let settle_in = settle_in.map(|at| Duration::from_millis(at.saturating_sub(now_ms)));
             let tick = self.core.next_tick().map(|at| Duration::from_millis(at.saturating_sub(now())));
             tokio::select! {
                 // Ends of invocations first: they free memory and unblock workers.
                 biased;
                 Some(done) = self.work.next() => self.done(done).await,
+                // Then what is rare, or a backlog would hold it up.
+                Some(message) = asked.next() => self.asked_for(message),
+                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
                 message = deliveries.next() => match message {
                     Some(message) => self.message(message).await,
                     None => return Err("the connection to NATS was closed".into()),
                 },
-                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
                 changed = connects.changed() => {
                     if changed.is_err() {
                         return Err("the connection to NATS was closed".into());
@@ -254,15 +280,18 @@ impl Shell {
                     active.into_iter().for_each(|key| self.look_up(key));
                 }
                 () = shutdown.cancelled(), if self.holdings.drain_until().is_none() => self.drain().await,
-                () = tokio::time::sleep(drained_in.unwrap_or_default()), if drained_in.is_some() => {}
+                () = tokio::time::sleep(settle_in.unwrap_or_default()), if settle_in.is_some() => {}
             }
-            let steps = self.holdings.settle(|partition| self.core.is_quiet(partition), self.elapsed());
+            let steps = self.holdings.settle(|partition| self.core.rest(partition), self.elapsed());
             self.step(steps).await;
+            self.answer_handovers().await;
             self.pull_again().await;
-            if self.holdings.is_drained() {
+            if self.holdings.is_drained() && !self.handovers.are_under_way() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
                 let _ = client.flush().await;
+                let read_again_bytes = self.read_again_bytes.get();
+                tracing::info!(delivered_bytes = self.delivered_bytes, read_again_bytes, "invoker ends");
                 return Ok(());
             }
         }
@@ -288,19 +317,26 @@ impl Shell {
             return;
         }
         let context = self.connection.jetstream.clone();
+        // Also what comes too late for a consumer that is no longer ours: it is delivered again.
+        self.delivered_bytes += message.payload.len() as u64;
         let message = jetstream::Message { message, context };
         let Ok(info) = message.info() else {
             tracing::warn!(subject = %message.subject, "a message without JetStream's metadata was ignored");
             return;
         };
         let (sequence, consumer_sequence) = (info.stream_sequence, info.consumer_sequence);
+        let pending = info.pending;
         let published = u64::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
         let partition = info.stream.rsplit('_').next().and_then(|token| token.parse::<Partition>().ok());
         let Some(partition) = partition else { return };
         let (sequences, elapsed) = ((consumer_sequence, sequence), self.elapsed());
         let reply = message.reply.clone();
         match self.holdings.delivered(partition, info.consumer, sequences, reply, elapsed) {
-            Delivered::Ours => {}
+            Delivered::Ours => {
+                if let Some(held) = self.holdings.pulled(partition) {
+                    held.left(pending);
+                }
+            }
             Delivered::NotOurs => return,
             Delivered::Gap(steps) => return self.step(steps).await,
         }
@@ -323,7 +359,9 @@ impl Shell {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;
             }
+            Done::Released(consumer) => self.released(&consumer).await,
             Done::Took(partition, epoch, result) => {
+                handover::note(partition, epoch, &result);
                 let steps = self.holdings.took(partition, epoch, result, self.elapsed());
                 self.step(steps).await;
             }
@@ -350,7 +388,9 @@ impl Shell {
         let key = subject.strip_prefix(subjects::registry_hint("").as_str()).unwrap_or_default();
         let mut tokens = key.split('.');
         match (tokens.next(), tokens.next(), tokens.next()) {
-            (Some("placement"), None, _) => self.read_placement(Duration::ZERO),
+            (Some("placement"), pool, None) if pool == self.config.pool.as_ref().map(Name::as_str) => {
+                self.read_placement(Duration::ZERO);
+            }
             (Some("job" | "roster"), Some(tenant), Some(job)) => {
                 if let (Ok(tenant), Ok(job)) = (Name::new(tenant), Name::new(job)) {
                     let key = JobKey { tenant, job };
@@ -370,6 +410,10 @@ impl Shell {
         let jobs = self.core.take_loads();
         let beat = self.busyness.beat(&self.id, self.state, held, load, jobs);
         let frame = frame::seal(Kind::Beat, &beat, &[]);
-        let _ = self.connection.client.publish(subjects::invoker_beat(&self.id), frame).await;
+        let _ = self
+            .connection
+            .client
+            .publish(subjects::invoker_beat(self.config.pool.as_ref(), &self.id), frame)
+            .await;
     }
 }

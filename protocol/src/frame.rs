@@ -57,6 +57,10 @@ pub enum Kind {
     AgentRequest = 12,
     /// [`crate::AgentReply`].
     AgentReply = 13,
+    /// [`crate::Handover`], from one invoker to another.
+    Handover = 14,
+    /// [`crate::HandedOver`].
+    HandedOver = 15,
 }
 
 #[derive(Serialize)]

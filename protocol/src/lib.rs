@@ -33,14 +33,14 @@ pub use ids::{
 pub use layout::{Layout, offsets, partition_of};
 pub use ledger::{Head, Ledger, Partial, RankSet};
 pub use messages::{
-    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, JobCommand, JobSummary, MAX_HEADS,
-    Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange, StoreJob, StoreReply,
-    StoreRequest, WorkerRef,
+    ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, HandedOver, Handover, JobCommand,
+    JobSummary, MAX_HEADS, Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange,
+    StoreJob, StoreReply, StoreRequest, WorkerRef,
 };
 pub use records::{
     InvokerBeat, InvokerState, JobLoad, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,
     PlacedPartition, Placement, Roster, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, Suspect, job_key,
-    lease_key, roster_key, suspect_key,
+    lease_key, placement_key, roster_key, suspect_key,
 };
 pub use schedule::{Decay, Schedule};
 pub use spec::{

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Durability, Epoch, FunctionSpec, Head, Incarnation, Init, JobKey, JobRecord, JobSpec, Layout, Ledger,
-    Name, Partial, Rank, Roster, Round, Settings, SettingsRevision, ShardIndex, StateId, Version, WireError,
+    Name, Partial, Partition, Rank, Roster, Round, Settings, SettingsRevision, ShardIndex, StateId, Version,
+    WireError,
 };
 
 /// Header of a gradient batch: one worker's contribution for one shard in one round.
@@ -44,6 +45,26 @@ pub struct Nudge {
     pub job: Incarnation,
     /// The shard.
     pub shard: ShardIndex,
+}
+
+/// Header of what an invoker asks the one that holds a partition by an older placement: to finish with it and give it
+/// up (rule P19).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// The partition.
+    pub partition: Partition,
+    /// By which consumer it is held.
+    pub consumer: String,
+    /// Epoch of the placement by which it is taken over.
+    pub epoch: Epoch,
+}
+
+/// Header of the answer, once that consumer is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOver {
+    /// Since when nobody has served the partition, microseconds before this answer was sent; `None` when it was not
+    /// held by that consumer.
+    pub unserved_us: Option<u64>,
 }
 
 /// Header of a round's result; the payload is the shard's parameters.

@@ -5,8 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Epoch, ErrorCode, Incarnation, Init, JobKey, JobSpec, Layout, Partition, Rank, Round, SettingsRevision,
-    ShardIndex, StoreId, StoreJob, Version, WireError,
+    Epoch, ErrorCode, Incarnation, Init, JobKey, JobSpec, Layout, Name, Partition, Rank, Round,
+    SettingsRevision, ShardIndex, StoreId, StoreJob, Version, WireError,
 };
 
 /// Life of a job.
@@ -77,6 +77,13 @@ pub struct Life {
     /// The lives that this one takes the place of: the last one that ran, and attempts at this one that were lost with
     /// the power. Their bytes go once this one has its own.
     pub replaces: Vec<Incarnation>,
+    /// The first of its partitions: not the first of all when it has a pool of its own.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub first_partition: Partition,
+}
+
+fn is_first(partition: &Partition) -> bool {
+    *partition == 0
 }
 
 impl Life {
@@ -98,7 +105,7 @@ pub struct JobRecord {
     pub slots: u32,
     /// The store that holds its shards.
     pub store: StoreId,
-    /// Number of partitions when it was created.
+    /// Number of its pool's partitions when it was created.
     pub partitions: Partition,
     /// Where it stands.
     pub state: JobState,
@@ -127,7 +134,10 @@ impl JobRecord {
     /// The partition that serves `shard`.
     #[must_use]
     pub fn partition(&self, shard: ShardIndex) -> Partition {
-        crate::partition_of(self.incarnation, shard, self.partitions)
+        // Both fit the number of all partitions, which is bounded by limits::MAX_PARTITIONS; what does not is nonsense
+        // that must not panic.
+        let within = crate::partition_of(self.incarnation, shard, self.partitions.max(1));
+        self.life.first_partition.saturating_add(within)
     }
 
     /// What a store keeps of it.
@@ -234,11 +244,14 @@ impl Roster {
     }
 }
 
-/// Which invoker serves which partition: `placement`.
+/// Which invoker serves which partition: `placement` for the shared pool, `placement.<pool>` for others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
-    /// By partition.
+    /// By partition, from the pool's first one on.
     pub partitions: Vec<PlacedPartition>,
+    /// The pool's first partition.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub first: Partition,
 }
 
 /// The holder of one partition.
@@ -288,7 +301,8 @@ pub struct Suspect {
     pub invoker: String,
 }
 
-/// What an invoker tells about itself, by core NATS on `thalweg.beat.invoker.<id>`.
+/// What an invoker tells about itself, by core NATS on `thalweg.beat.invoker.<id>`, or
+/// `thalweg.beat.pool.<pool>.<id>`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InvokerBeat {
     /// Its id.
@@ -360,8 +374,14 @@ pub fn roster_key(key: &JobKey) -> String {
     format!("roster.{}.{}", key.tenant, key.job)
 }
 
-/// Registry key of the placement.
+/// Registry key of the shared pool's placement; those of all pools begin with it.
 pub const PLACEMENT_KEY: &str = "placement";
+
+/// Registry key of a pool's placement.
+#[must_use]
+pub fn placement_key(pool: Option<&Name>) -> String {
+    pool.map_or_else(|| PLACEMENT_KEY.to_owned(), |pool| format!("{PLACEMENT_KEY}.{pool}"))
+}
 /// Registry key of the streams' creation times.
 pub const STREAMS_KEY: &str = "streams";
 /// Registry key of the store in force.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer, ser::SerializeStruct as _};
 
-use crate::{ErrorCode, JobKey, Round, Schedule, WireError, limits};
+use crate::{ErrorCode, JobKey, Name, Round, Schedule, WireError, limits};
 
 /// Element type of a tensor. Only [`Dtype::F32`] is aggregated today.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -247,14 +247,8 @@ pub enum FoldOrder {
     Arrival,
 }
 
-impl FoldOrder {
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-/// What happens around a job's rounds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What happens around a job's rounds, and who serves it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
@@ -263,8 +257,28 @@ pub struct Policy {
     /// What happens when state is lost.
     pub on_loss: OnLoss,
     /// In which order a round's contributions are folded.
-    #[serde(skip_serializing_if = "FoldOrder::is_default")]
     pub order: FoldOrder,
+    /// The pool of invokers that serves it; `None` for the shared one.
+    pub pool: Option<Name>,
+}
+
+/// Trailing fields are left out where they and all after them have their defaults: then the bytes are those of releases
+/// that did not know them.
+impl Serialize for Policy {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let ordered = self.pool.is_some() || self.order != FoldOrder::default();
+        let fields = 2 + usize::from(ordered) + usize::from(self.pool.is_some());
+        let mut out = serializer.serialize_struct("Policy", fields)?;
+        out.serialize_field("ttl_ms", &self.ttl_ms)?;
+        out.serialize_field("on_loss", &self.on_loss)?;
+        if ordered {
+            out.serialize_field("order", &self.order)?;
+        }
+        if self.pool.is_some() {
+            out.serialize_field("pool", &self.pool)?;
+        }
+        out.end()
+    }
 }
 
 impl Policy {

@@ -16,10 +16,10 @@ pub const EVENT_SUBJECTS: &str = "thalweg.event.>";
 pub const API: &str = "thalweg.api";
 /// Heartbeats of all workers; every gateway hears them, the leading one answers.
 pub const WORKER_BEAT: &str = "thalweg.beat.worker";
-/// Heartbeats of all invokers.
-pub const INVOKER_BEATS: &str = "thalweg.beat.invoker.*";
 /// Heartbeats of all agents.
 pub const AGENT_BEATS: &str = "thalweg.beat.agent.*";
+/// Heartbeats of all invokers, of whatever pool.
+pub const ALL_INVOKER_BEATS: [&str; 2] = ["thalweg.beat.invoker.*", "thalweg.beat.pool.*.*"];
 /// Queue group in which gateways share requests.
 pub const GATEWAY_GROUP: &str = "gateway";
 
@@ -29,10 +29,25 @@ pub fn gradient_stream(partition: Partition) -> String {
     format!("THALWEG_GRAD_{partition}")
 }
 
-/// Name of a partition's consumer: `e<epoch>-<random>`, so that no name is ever used twice (rule P15).
+/// Name of a partition's consumer: `e<epoch>-<random>`, so that no name is ever used twice (rule P15). The first half
+/// of the random digits is the same for all consumers of one invoker's life, which can be asked for a handover there
+/// ([`handover`]).
 #[must_use]
-pub fn consumer(epoch: Epoch, random: u64) -> String {
-    format!("e{epoch}-{random:016x}")
+pub fn consumer(epoch: Epoch, life: u32, random: u32) -> String {
+    format!("e{epoch}-{life:08x}{random:08x}")
+}
+
+/// Life of the invoker whose consumer was named by [`consumer`]; `None` for any other name.
+#[must_use]
+pub fn consumer_life(name: &str) -> Option<u32> {
+    let digits = name.strip_prefix('e')?.split_once('-')?.1;
+    u32::from_str_radix(digits.get(..8).filter(|_| digits.len() == 16)?, 16).ok()
+}
+
+/// Where an invoker's life is asked to hand a partition over (rule P19). Where nobody listens, it has ended.
+#[must_use]
+pub fn handover(life: u32) -> String {
+    format!("thalweg.handover.{life:08x}")
 }
 
 /// Epoch of a consumer named by [`consumer`]; 0 for any other name.
@@ -97,10 +112,19 @@ pub fn store(id: StoreId) -> String {
     format!("thalweg.store.{id}")
 }
 
-/// Heartbeats of one invoker.
+/// Heartbeats of one invoker of a pool (`None`: the shared one).
 #[must_use]
-pub fn invoker_beat(invoker: &str) -> String {
-    format!("thalweg.beat.invoker.{invoker}")
+pub fn invoker_beat(pool: Option<&Name>, invoker: &str) -> String {
+    match pool {
+        None => format!("thalweg.beat.invoker.{invoker}"),
+        Some(pool) => format!("thalweg.beat.pool.{pool}.{invoker}"),
+    }
+}
+
+/// Heartbeats of all invokers of a pool.
+#[must_use]
+pub fn invoker_beats(pool: Option<&Name>) -> String {
+    invoker_beat(pool, "*")
 }
 
 /// Heartbeats of one life of an agent.
@@ -125,6 +149,16 @@ pub fn registry_hint(key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn consumers_name_epoch_and_life() {
+        let name = consumer(7, 0x12_34ab, 5);
+        assert_eq!(name, "e7-001234ab00000005");
+        assert_eq!((consumer_epoch(&name), consumer_life(&name)), (7, Some(0x12_34ab)));
+        for foreign in ["", "worker", "e7", "e7-", "e7-12", "e7-zzzzzzzz00000005", "e7-001234ab000000050"] {
+            assert_eq!(consumer_life(foreign), None, "{foreign}");
+        }
+    }
 
     #[test]
     fn gradient_subjects_parse_back() {

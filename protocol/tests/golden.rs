@@ -18,13 +18,13 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use thalweg_protocol::{
     AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
-    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init,
-    InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind,
-    Layout, Lease, Ledger, Life, Member, Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin, ParameterGroup,
-    Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject, ResultHeader,
-    Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId, StoreJob,
-    StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError, WorkerRef,
-    checksum, frame,
+    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, HandedOver, Handover, Head,
+    Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState,
+    JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin,
+    ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
+    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
+    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError,
+    WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -332,6 +332,13 @@ fn workers_and_results() -> Vec<Golden> {
         golden("reject", Kind::Reject, reject, &[]),
         golden("reject_unreadable", Kind::Reject, unreadable, &[]),
         golden("nudge", Kind::Nudge, Nudge { job: JOB, shard: 3 }, &[]),
+        golden(
+            "handover",
+            Kind::Handover,
+            Handover { partition: 31, consumer: "e7-001234ab00000005".into(), epoch: 8 },
+            &[],
+        ),
+        golden("handed_over", Kind::HandedOver, HandedOver { unserved_us: Some(70_000) }, &[]),
     ]
 }
 
@@ -473,6 +480,7 @@ fn records() -> Vec<Golden> {
             PlacedPartition { epoch: 7, holder: Some("invoker-1".into()) },
             PlacedPartition { epoch: 0, holder: None },
         ],
+        first: 0,
     };
     let suspect = Suspect {
         sequence: 1 << 40,
@@ -501,7 +509,7 @@ fn records() -> Vec<Golden> {
     }
     let origin = Origin { upload: UPLOAD, version: 300, rolled_back: true };
     let paused = Some("for maintenance".into());
-    let life = Life { paused, origin: Some(origin), replaces: vec![WORKER] };
+    let life = Life { paused, origin: Some(origin), replaces: vec![WORKER], first_partition: 0 };
     let policy = Policy { ttl_ms: Some(3_600_000), on_loss: OnLoss::RollBack, ..Policy::default() };
     let by_arrival = Policy { order: FoldOrder::Arrival, ..Policy::default() };
     let plain = job(JobState::Running);
@@ -534,6 +542,14 @@ fn records() -> Vec<Golden> {
             goldens.push(golden("beat_with_jobs", Kind::Beat, beat, &[]));
         }
     }
+    // What pools of their own add, left out by default.
+    let pooled = Life { first_partition: 32, ..Life::default() };
+    let pool = Some(thalweg_protocol::Name::new("big").unwrap());
+    let policy = Policy { pool, ..Policy::default() };
+    let record_of_pool =
+        JobRecord { spec: JobSpec { policy, ..spec() }, life: pooled, ..job(JobState::Running) };
+    goldens.push(record("record_job_pool", record_of_pool));
+    goldens.push(record("record_placement_pool", Placement { partitions: Vec::new(), first: 32 }));
     goldens
 }
 
@@ -654,12 +670,13 @@ fn frames_of_older_wire_versions_are_told_apart() {
 #[test]
 fn every_kind_has_golden_bytes() {
     let kinds: BTreeSet<_> = goldens().iter().map(|golden| golden.bytes[2]).collect();
-    assert_eq!(kinds, (1..=13).collect());
+    assert_eq!(kinds, (1..=15).collect());
     // A new kind does not compile here: then raise the number above, too.
     match Kind::Record {
         Kind::Gradient | Kind::Result | Kind::Reject | Kind::StoreRequest | Kind::StoreReply => {}
         Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat | Kind::Nudge => {}
         Kind::AgentBeat | Kind::AgentRequest | Kind::AgentReply => {}
+        Kind::Handover | Kind::HandedOver => {}
     }
 }
 

@@ -15,7 +15,7 @@ use thalweg_protocol::{
 
 /// Bytes before the header: `[version, kind, codec, checksum as bin of 8]`.
 const PRELUDE_BYTES: usize = 14;
-const KINDS: [Kind; 10] = [
+const KINDS: [Kind; 12] = [
     Kind::Gradient,
     Kind::Result,
     Kind::Reject,
@@ -26,6 +26,8 @@ const KINDS: [Kind; 10] = [
     Kind::Record,
     Kind::Beat,
     Kind::Nudge,
+    Kind::Handover,
+    Kind::HandedOver,
 ];
 
 fn config(cases: u32) -> ProptestConfig {

@@ -143,6 +143,19 @@ impl Job {
         self
     }
 
+    /// Has the job served by the invokers of this pool alone, which the operator has configured (`streams.pools`).
+    /// Default: the shared pool. A pool that there is not is refused when the job is opened.
+    ///
+    /// # Errors
+    /// When `name` is not 1 to 64 of `a-z 0-9 - _`.
+    pub fn pool(mut self, name: &str) -> Result<Self, Error> {
+        let name = Name::new(name).map_err(|error| {
+            thalweg_protocol::WireError::new(thalweg_protocol::ErrorCode::InvalidSpec, error.to_string())
+        })?;
+        self.spec.policy.pool = Some(name);
+        Ok(self)
+    }
+
     /// In which order a round's contributions are folded. Default: by rank.
     #[must_use]
     pub fn order(mut self, order: FoldOrder) -> Self {

@@ -127,9 +127,9 @@ impl World {
                 let placement = match placement {
                     Some(placement) => placement,
                     None => {
-                        let epochs = consumer_epochs(&remote, partitions).await?;
+                        let epochs = consumer_epochs(&remote, 0..partitions).await?;
                         let unheld = epochs.into_iter().map(|epoch| PlacedPartition { epoch, holder: None });
-                        Placement { partitions: unheld.collect() }
+                        Placement { partitions: unheld.collect(), first: 0 }
                     }
                 };
                 Ok::<_, thalweg_broker::RegistryError>(Observed { depths, asked, placement, revision })

@@ -20,7 +20,8 @@ use thalweg_broker::{
     Bucket, Conflict, PartitionDepth, Queue, QueueError, Queues, Registry, RegistryError, Revision,
     StreamsConfig,
 };
-use thalweg_protocol::{JobKey, Kind, Partition, StoreReply, StoreRequest, frame};
+use thalweg_invoker::{Former, HandedOver, Peers};
+use thalweg_protocol::{Epoch, JobKey, Kind, Partition, StoreReply, StoreRequest, frame, subjects};
 use thalweg_store::{Route, StoreClient, StoreError};
 
 use crate::network::Millis;
@@ -52,6 +53,8 @@ pub(crate) enum Ask {
     Api(Bytes),
     /// Of all gateways; the leading one answers.
     Beat(Bytes),
+    /// Of the invoker whose life it is: to hand a partition over that it holds by this consumer.
+    Handover(u32, Partition, String, Epoch),
     /// Of nobody: time.
     Sleep(Millis),
 }
@@ -70,6 +73,8 @@ pub(crate) enum Answer {
     Refused(QueueError),
     Frame(Bytes),
     Done,
+    /// Nobody holds that, as far as who was asked knows; or nobody is there.
+    NotHeld,
     /// Nobody answered in time.
     Lost,
 }
@@ -256,6 +261,22 @@ impl Queues for Remote {
     async fn forget(&self, _: &JobKey) -> Result<(), QueueError> {
         // Dead letters are counted here, not kept.
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Peers for Remote {
+    async fn ask(&self, partition: Partition, consumer: &str, epoch: Epoch) -> Former {
+        let Some(life) = subjects::consumer_life(consumer) else { return Former::Gone };
+        let query = Ask::Handover(life, partition, consumer.to_owned(), epoch);
+        match Self::ask(self, query).await {
+            Answer::Done => {
+                let (unserved, heard) = (std::time::Duration::ZERO, std::time::Instant::now());
+                Former::HandedOver(HandedOver { unserved, heard })
+            }
+            Answer::NotHeld => Former::Gone,
+            _ => Former::Silent,
+        }
     }
 }
 

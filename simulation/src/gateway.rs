@@ -31,7 +31,7 @@ pub(crate) struct Host {
 impl World {
     pub(crate) fn streams_config(&self) -> StreamsConfig {
         let storage = if self.files { StreamStorage::File } else { StreamStorage::Memory };
-        StreamsConfig { partitions: self.partitions, storage, replicas: 1 }
+        StreamsConfig { partitions: self.partitions, storage, ..StreamsConfig::default() }
     }
 
     pub(crate) fn gateway_starts(&mut self, number: u32) {
@@ -43,7 +43,7 @@ impl World {
             queues: Arc::new(remote),
             stores: Arc::new(move |_| Arc::new(stores.store())),
             max_payload: limits::MESSAGE_OVERHEAD_BYTES * 4,
-            partitions: self.partitions,
+            streams: self.streams_config(),
             nats_syncs_always: true,
             incarnations,
         };

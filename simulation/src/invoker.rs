@@ -2,7 +2,7 @@
 
 use rand::{RngExt as _, seq::SliceRandom as _};
 use thalweg_invoker::{
-    FoldContext, Job, clear_suspect,
+    FoldContext, Job, Taker, clear_suspect,
     core::{Action, Core, Delivery, Event as CoreEvent, Limits, Plan},
     fold,
     holdings::{Delivered as Told, Holdings, Step},
@@ -16,7 +16,7 @@ use thalweg_store::ShardStore as _;
 
 use crate::{
     Mutation,
-    calls::Ask,
+    calls::{Answer, Ask, CallId},
     network::{Actor, Body, Delivered, Millis},
     world::{Done, Event, Timer, World},
 };
@@ -33,6 +33,10 @@ pub(crate) const EPOCH_MS: Millis = 1_000_000_000;
 pub(crate) struct Host {
     pub(crate) core: Core,
     pub(crate) holdings: Holdings,
+    /// Who waits for a partition: by which consumer it is held, and the question.
+    asked: Vec<(Partition, String, Actor, CallId)>,
+    /// Consumers that are being removed.
+    releasing: Vec<String>,
     placement: Placement,
     draining: bool,
     ending: bool,
@@ -50,6 +54,8 @@ impl World {
         let host = Host {
             core: Core::new(limits),
             holdings: Holdings::new(format!("i{number}"), DRAIN_MS),
+            asked: Vec::new(),
+            releasing: Vec::new(),
             placement: Placement::default(),
             draining: false,
             ending: false,
@@ -96,18 +102,22 @@ impl World {
                     let remote = self.remote(me);
                     self.spawn(me, async move {
                         let (id, at) = (format!("i{number}"), (partition, epoch));
-                        let taken = take_over(&remote, &remote.registry(), &id, at, own, nonce).await;
+                        let taker = Taker { invoker: &id, life: number, nonce };
+                        let taken = take_over(&remote, &remote.registry(), &remote, taker, at, own).await;
                         Done::Took(partition, epoch, taken)
                     });
                 }
                 Step::Tell(event) => self.tell(number, event),
                 Step::Pull(partition) => self.pull(number, partition),
-                Step::Release(partition, consumer) => {
+                Step::Release { partition, consumer, .. } => {
                     // Sent after the acknowledgements on the same connection.
                     let remote = self.remote(me);
+                    if let Some(host) = self.invokers.get_mut(&number) {
+                        host.releasing.push(consumer.clone());
+                    }
                     self.spawn(me, async move {
-                        let _ = remote.ask(Ask::DeleteConsumer(partition, consumer)).await;
-                        Done::Nothing
+                        let _ = remote.ask(Ask::DeleteConsumer(partition, consumer.clone())).await;
+                        Done::Released(consumer)
                     });
                 }
                 Step::ReadPlacement => {
@@ -289,6 +299,7 @@ impl World {
                 invoker: &invoker,
                 stream_created,
                 suspect,
+                read_again_bytes: &std::cell::Cell::new(0),
             };
             let result = fold(&context, &plan).await;
             Done::Core(CoreEvent::Folded(id, result))
@@ -313,6 +324,15 @@ impl World {
                 if ours {
                     let steps = host.holdings.retake(partition, "the consumer is gone");
                     self.step(number, steps);
+                }
+            }
+            Body::Handover { from, id, partition, consumer, epoch } => {
+                let now = self.now;
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                host.holdings.asked(partition, &consumer, epoch, now);
+                host.asked.push((partition, consumer, from, id));
+                if let Some(at) = host.holdings.settle_at() {
+                    self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
                 }
             }
             Body::Hint(key) => {
@@ -402,6 +422,14 @@ impl World {
         let now = self.now;
         match done {
             Done::Core(event) => self.tell(number, event),
+            Done::Released(consumer) => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                host.releasing.retain(|releasing| *releasing != consumer);
+                let of_it = |(_, held, _, _): &mut (Partition, String, Actor, CallId)| *held == consumer;
+                for (_, _, to, id) in host.asked.extract_if(.., of_it).collect::<Vec<_>>() {
+                    self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::Done));
+                }
+            }
             Done::Took(partition, epoch, taken) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 let steps = host.holdings.took(partition, epoch, taken, now);
@@ -411,6 +439,9 @@ impl World {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 let steps = host.holdings.follow(&placement, now);
                 host.placement = placement;
+                if let Some(at) = host.holdings.settle_at() {
+                    self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
+                }
                 self.step(number, steps);
             }
             Done::Republish(key, shard, Some(state)) => {
@@ -439,14 +470,27 @@ impl World {
         let now = self.now;
         let Some(host) = self.invokers.get_mut(&number) else { return };
         let core = &host.core;
-        let steps = host.holdings.settle(|partition| core.is_quiet(partition), now);
+        let steps = host.holdings.settle(|partition| core.rest(partition), now);
         self.step(number, steps);
+        self.answer_handovers(number);
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        if host.holdings.is_drained() && !host.ending {
+        if host.holdings.is_drained() && host.releasing.is_empty() && !host.ending {
             host.ending = true;
             self.invoker_beats(number);
             let life = self.life(Actor::Invoker(number));
             self.later(100, Event::End(Actor::Invoker(number), life));
+        }
+    }
+
+    /// Answers those who wait for what is not held here, or no more.
+    fn answer_handovers(&mut self, number: u32) {
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let (holdings, releasing) = (&host.holdings, &host.releasing);
+        let idle = |(partition, consumer, _, _): &mut (Partition, String, Actor, CallId)| {
+            !holdings.holds(*partition, consumer) && !releasing.contains(consumer)
+        };
+        for (_, _, to, id) in host.asked.extract_if(.., idle).collect::<Vec<_>>() {
+            self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::NotHeld));
         }
     }
 

@@ -6,7 +6,7 @@
 //! when the connection is back, and requests without an answer time out.
 
 use bytes::Bytes;
-use thalweg_protocol::{InvokerBeat, JobKey, Partition, Rank};
+use thalweg_protocol::{Epoch, InvokerBeat, JobKey, Partition, Rank};
 
 use crate::calls::{Answer, Ask, CallId};
 
@@ -37,6 +37,14 @@ pub(crate) enum Body {
         id: CallId,
         frame: Bytes,
         beat: bool,
+    },
+    /// To an invoker: hand this over and answer.
+    Handover {
+        from: Actor,
+        id: CallId,
+        partition: Partition,
+        consumer: String,
+        epoch: Epoch,
     },
     /// Somebody wrote this key.
     Hint(String),
@@ -76,7 +84,7 @@ impl Body {
     /// Messages of one class from the broker keep their order.
     pub(crate) fn class(&self) -> u8 {
         match self {
-            Self::Answer(..) | Self::Ask(..) | Self::Request { .. } => 0,
+            Self::Answer(..) | Self::Ask(..) | Self::Request { .. } | Self::Handover { .. } => 0,
             Self::Hint(_) => 1,
             Self::Beat(_) => 2,
             Self::Deliver(_) | Self::Pull { .. } | Self::ConsumerGone { .. } | Self::Acknowledge { .. } => 3,

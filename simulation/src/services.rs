@@ -168,6 +168,14 @@ impl World {
                 }
                 return;
             }
+            Ask::Handover(life, partition, consumer, epoch) => {
+                let holder = Actor::Invoker(life);
+                if self.is_connected(holder) {
+                    let body = Body::Handover { from, id, partition, consumer, epoch };
+                    return self.send(Actor::Broker, holder, body);
+                }
+                Answer::NotHeld
+            }
             Ask::Store(_) | Ask::Sleep(_) => unreachable!("not for the broker"),
         };
         self.send(Actor::Broker, from, Body::Answer(id, answer));

@@ -89,6 +89,7 @@ pub(crate) enum Done {
     // Of an invoker.
     Core(CoreEvent),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
+    Released(String),
     Placement(Option<Placement>),
     Republish(JobKey, ShardKey, Option<ShardState>),
     DeadLetter(Partition, u64, bool),

@@ -26,7 +26,7 @@ struct Beats {
 impl Beats {
     async fn listen(cluster: &Cluster) -> Self {
         let client = crate::connect(cluster.url()).await.client;
-        let subscription = client.subscribe(subjects::INVOKER_BEATS).await.expect("subscribed");
+        let subscription = client.subscribe(subjects::invoker_beats(None)).await.expect("subscribed");
         client.flush().await.expect("flushed");
         Self { subscription, newest: BTreeMap::new() }
     }

@@ -139,6 +139,12 @@ impl Cluster {
         self.shared.spawn(role, &[role], "", true);
     }
 
+    /// Starts an invoker of a pool beside the shared one.
+    pub fn pooled_invoker(&self, id: &str, pool: &str) {
+        let setting = format!("invoker.pool={pool}");
+        self.shared.spawn(id, &["invoker", "--id", id, "--set", &setting], "", false);
+    }
+
     /// Starts the store again, with fail points for its next life only.
     pub fn restart_store(&self, failpoints: &str) {
         self.kill("store");

@@ -191,7 +191,7 @@ impl Real {
         let inbox = connection.client.new_inbox();
         let messages = connection.client.subscribe(format!("{inbox}.*")).await.expect("subscribed");
         let storage = if files { StreamStorage::File } else { StreamStorage::Memory };
-        let config = StreamsConfig { partitions: PARTITIONS, storage, replicas: 1 };
+        let config = StreamsConfig { partitions: PARTITIONS, storage, ..StreamsConfig::default() };
         let replies = HashMap::new();
         Self { server, _directory: directory, connection, bucket, config, inbox, messages, replies }
     }

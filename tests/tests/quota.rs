@@ -32,7 +32,7 @@ async fn train(client: Client, job: Job, rank: u32) {
 async fn all_of_an_invoker_keeps_to_the_quota_while_it_beats() {
     let cluster = Cluster::start(&[&format!("invoker.cpu_quota={QUOTA}")]);
     let client = connect(cluster.url()).await.client;
-    let mut beats = client.subscribe(subjects::invoker_beat("slow")).await.expect("subscribed");
+    let mut beats = client.subscribe(subjects::invoker_beat(None, "slow")).await.expect("subscribed");
     client.flush().await.expect("flushed");
     let begun = Instant::now();
     cluster.invoker("slow", "");

@@ -330,7 +330,7 @@ async fn components_that_start_over_another_version_say_so_and_wait_or_stop() {
         };
         let frame = of_version(other, &frame::seal(Kind::Beat, &beat, &[]));
         let beating = tokio::spawn({
-            let (client, subject) = (connection.client.clone(), subjects::invoker_beat(&beat.invoker));
+            let (client, subject) = (connection.client.clone(), subjects::invoker_beat(None, &beat.invoker));
             async move {
                 let mut ticks = tokio::time::interval(Duration::from_millis(50));
                 loop {

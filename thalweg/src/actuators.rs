@@ -111,7 +111,8 @@ fn arguments(config: &Config, nats_url: &str) -> Vec<String> {
     let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
     args.push("127.0.0.1:0".into());
     args.extend(["--nats-url".into(), nats_url.to_owned()]);
-    for (key, value) in sets.into_iter().chain(credentials) {
+    let pool = invoker.pool.iter().map(|pool| ("invoker.pool", pool.to_string()));
+    for (key, value) in sets.into_iter().chain(pool).chain(credentials) {
         args.extend(["--set".into(), format!("{key}={value}")]);
     }
     args
@@ -147,16 +148,21 @@ fn invoke(
         }
     };
     runtime.block_on(async {
-        let connection = match Connection::open(&config.id, nats, token).await {
-            Ok(Some(connection)) => connection,
-            Ok(None) => return,
+        let control = format!("{}-control", config.id);
+        let opened = tokio::try_join!(
+            Connection::open(&config.id, nats, token),
+            Connection::open(&control, nats, token),
+        );
+        let (connection, control) = match opened {
+            Ok((Some(connection), Some(control))) => (connection, control),
+            Ok(_) => return,
             Err(error) => {
                 tracing::error!(%error, "an invoker could not connect");
                 return;
             }
         };
         let (scope, token) = (CpuScope::Thread, token.clone());
-        let ended = thalweg_invoker::run(config, connection, store, scope, no_report(), token).await;
+        let ended = thalweg_invoker::run(config, connection, control, store, scope, no_report(), token).await;
         if let Err(error) = ended {
             tracing::warn!(%error, "an invoker ended");
         }

@@ -1,9 +1,11 @@
 //! Configuration of all components in one tree: defaults, one TOML file, environment, flags.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+use thalweg_autoscaler::PoolBounds;
 use thalweg_broker::{NatsConfig, StreamsConfig};
+use thalweg_protocol::Name;
 use thalweg_telemetry::{config::Loader, logs::LogFormat};
 
 /// Everything that can be set. Environment: `THALWEG__SECTION__KEY`.
@@ -60,6 +62,25 @@ impl Config {
     /// Naming the key and what would be accepted.
     pub fn check(&self) -> anyhow::Result<()> {
         let most = thalweg_protocol::limits::MAX_PARTITIONS;
+        let pools = &self.streams.pools;
+        for (name, pool) in pools {
+            anyhow::ensure!(pool.partitions >= 1, "streams.pools.{name}.partitions = 0: at least 1");
+        }
+        let total = pools
+            .values()
+            .fold(u64::from(self.streams.partitions), |total, pool| total + u64::from(pool.partitions));
+        anyhow::ensure!(
+            total <= u64::from(most),
+            "streams.pools: {total} partitions with the shared ones, at most {most}"
+        );
+        for (name, bounds) in &self.autoscaler.pools {
+            anyhow::ensure!(
+                pools.contains_key(name),
+                "autoscaler.pools.{name}: no such pool in streams.pools"
+            );
+            let policy = self.autoscaler.policy.within(*bounds).validate();
+            policy.map_err(|error| anyhow::anyhow!("autoscaler.pools.{name}: {error}"))?;
+        }
         anyhow::ensure!(
             (1..=most).contains(&self.streams.partitions),
             "streams.partitions = {}: 1 to {most}",
@@ -84,6 +105,9 @@ pub struct Autoscaler {
     pub kubernetes: thalweg_autoscaler::KubernetesConfig,
     /// The policy.
     pub policy: thalweg_autoscaler::Config,
+    /// Bounds of pools beside the shared one, by name; the rest of the policy is common. A pool that is not here has
+    /// the shared one's.
+    pub pools: BTreeMap<Name, PoolBounds>,
 }
 
 /// How invokers are started and stopped.

@@ -150,11 +150,22 @@ impl Drop for Server {
     }
 }
 
-/// SIGTERM, and SIGKILL when that does not help.
-pub(crate) fn terminate(child: &mut Child) -> anyhow::Result<()> {
+/// Asks a child to end; does not wait for it.
+pub(crate) fn signal(child: &Child) {
     if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        // One that has ended already cannot hear it.
         let _ = kill_process(pid, Signal::TERM);
     }
+}
+
+/// SIGTERM, and SIGKILL when that does not help.
+pub(crate) fn terminate(child: &mut Child) -> anyhow::Result<()> {
+    signal(child);
+    wait(child)
+}
+
+/// Waits for a child that was asked to end, and kills it when it does not: a second signal would end it at once.
+pub(crate) fn wait(child: &mut Child) -> anyhow::Result<()> {
     let until = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {
         if Instant::now() > until {

@@ -3,6 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use futures::FutureExt as _;
 use thalweg_broker::{Connection, Registry, Report};
 use thalweg_invoker::CpuScope;
 use thalweg_protocol::{STORE_KEY, StoreRecord};
@@ -14,6 +15,7 @@ use crate::{
     actuators,
     config::Config,
     host::{Host, end_with_stdin},
+    pools::{self, Scaling},
 };
 
 /// Connects; `None` when told to stop before NATS was there.
@@ -78,8 +80,12 @@ pub async fn invoker(config: Config, loader: Loader, with_stdin: bool) -> anyhow
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
+            let Some(control) = connect(&config, "thalweg-invoker-control", &host).await? else {
+                host.close().await;
+                return Ok(());
+            };
             let (scope, shutdown) = (CpuScope::Process, host.shutdown.clone());
-            thalweg_invoker::run(config.invoker, connection, store, scope, report, shutdown)
+            thalweg_invoker::run(config.invoker, connection, control, store, scope, report, shutdown)
                 .await
                 .map_err(anyhow::Error::from_boxed)?;
         }
@@ -132,13 +138,18 @@ pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
     let sections = &["nats", "streams", "autoscaler", "invoker", "admin", "log"];
     let host = Host::open(&config, loader, &["autoscaler"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-autoscaler", &host).await? {
-        let actuator = actuators::open(&config, &connection).await?;
-        let (status, _) = tokio::sync::watch::channel(thalweg_autoscaler::Status::default());
-        let report = host.report("autoscaler");
-        let policy = host.live.policy();
-        let shutdown = host.shutdown.clone();
-        thalweg_autoscaler::run(policy, config.streams, connection, actuator, report, status, shutdown)
-            .await?;
+        let scaling = Scaling {
+            policy: host.live.policy(),
+            connection: connection.clone(),
+            report: host.report("autoscaler"),
+            status: tokio::sync::watch::Sender::new(thalweg_autoscaler::Status::default()),
+            shutdown: host.shutdown.clone(),
+        };
+        let actuator = |config: Config| {
+            let connection = connection.clone();
+            async move { actuators::open(&config, &connection).await }.boxed()
+        };
+        pools::scale(&config, scaling, actuator).await?;
     }
     host.close().await;
     Ok(())

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use futures::FutureExt as _;
 use thalweg_autoscaler::{Actuator, Status};
 use thalweg_broker::{Connection, NatsConfig};
 use thalweg_telemetry::{config::Loader, systemd};
@@ -14,6 +15,7 @@ use crate::{
     config::{self, Config},
     host::{Host, end_with_stdin},
     nats,
+    pools::{self, Scaling},
     reload::{Live, Reload},
     services,
 };
@@ -116,24 +118,29 @@ impl Service {
         let (status_sender, status) = watch::channel(Status::default());
         let autoscaler_token = CancellationToken::new();
         let autoscaler = {
-            let actuator: Box<dyn Actuator> = match config.autoscaler.actuator {
-                config::Actuator::Auto => Box::new(actuators::in_process(&config, Arc::new(local))),
-                _ => actuators::open(&config, &connection).await?,
+            let scaling = Scaling {
+                policy: host.live.policy(),
+                connection: connection.clone(),
+                report: host.report("autoscaler"),
+                status: status_sender,
+                shutdown: autoscaler_token.clone(),
             };
-            let (streams, report) = (config.streams.clone(), host.report("autoscaler"));
-            let (policy, token) = (host.live.policy(), autoscaler_token.clone());
-            supervise("autoscaler", failure, async move {
-                Ok(thalweg_autoscaler::run(
-                    policy,
-                    streams,
-                    connection,
-                    actuator,
-                    report,
-                    status_sender,
-                    token,
-                )
-                .await?)
-            })
+            let (config, store) = (config.clone(), local);
+            let actuator = move |config: Config| {
+                let (connection, store) = (connection.clone(), store.clone());
+                async move {
+                    Ok(match config.autoscaler.actuator {
+                        config::Actuator::Auto => {
+                            let actuator: Box<dyn Actuator> =
+                                Box::new(actuators::in_process(&config, Arc::new(store)));
+                            actuator
+                        }
+                        _ => actuators::open(&config, &connection).await?,
+                    })
+                }
+                .boxed()
+            };
+            supervise("autoscaler", failure, async move { pools::scale(&config, scaling, actuator).await })
         };
         let service = Self {
             host,

@@ -21,7 +21,7 @@ use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobLoad, Partition, Rejec
 pub(crate) use types::may_pass;
 pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis, Plan, ShardKey};
 
-use crate::{Job, metrics};
+use crate::{Job, holdings::Rest, metrics};
 use round::Invocation;
 use shard::{Entry, Shard};
 use tally::Tally;
@@ -203,10 +203,19 @@ impl Core {
         self.invocations.len()
     }
 
-    /// Whether a partition has no invocation under way.
+    /// What a partition that is being given up still has to do here.
     #[must_use]
-    pub fn is_quiet(&self, partition: Partition) -> bool {
-        self.invocations.values().all(|invocation| invocation.plan.partition != partition)
+    pub fn rest(&self, partition: Partition) -> Rest {
+        let waiting = |delivery: &Delivery| delivery.partition == partition;
+        if self.invocations.values().any(|invocation| invocation.plan.partition == partition) {
+            Rest::Invocations
+        } else if self.shards.values().any(|shard| shard.partition == partition && shard.entries() > 0)
+            || self.unknown.values().flatten().any(|(delivery, _)| waiting(delivery))
+        {
+            Rest::Contributions
+        } else {
+            Rest::Nothing
+        }
     }
 
     /// Whether a partition's contributions are being tried alone (rule P18).

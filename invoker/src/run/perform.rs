@@ -157,6 +157,7 @@ impl Shell {
     fn fold(&self, id: InvocationId, plan: Plan) {
         let (store, connection) = (self.store.clone(), self.connection.clone());
         let (registry, invoker) = (self.registry.clone(), self.id.clone());
+        let read_again = self.read_again_bytes.clone();
         let held = self.holdings.get(plan.partition);
         let (stream_created, suspect) =
             held.map_or((0, None), |held| (held.stream_created, held.suspect.clone()));
@@ -169,6 +170,7 @@ impl Shell {
                 invoker: &invoker,
                 stream_created,
                 suspect,
+                read_again_bytes: &read_again,
             };
             let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
             metrics::folded(begun.elapsed());

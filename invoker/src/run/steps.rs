@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use thalweg_broker::Queues as _;
-use thalweg_protocol::{PLACEMENT_KEY, Partition, Placement};
+use thalweg_protocol::{Partition, Placement, placement_key};
 
-use super::{Done, Shell, now};
-use crate::{holdings::Step, partition::take_over};
+use super::{Done, Shell, handover::Neighbours, now};
+use crate::{
+    holdings::{Rest, Step},
+    partition::{Taker, take_over},
+};
 
 /// Longest pause before a takeover that failed is tried again.
 const RETAKE_PAUSE: Duration = Duration::from_millis(150);
@@ -18,11 +20,13 @@ impl Shell {
         for step in steps {
             match step {
                 Step::Take { partition, epoch, own } => {
-                    let (jetstream, registry) = (self.connection.jetstream.clone(), self.registry.clone());
-                    let (id, nonce) = (self.id.clone(), rand::random());
+                    let (connection, registry) = (self.control.clone(), self.registry.clone());
+                    let (id, life) = (self.id.clone(), self.handovers.life());
                     self.work.push(Box::pin(async move {
+                        let taker = Taker { invoker: &id, life, nonce: rand::random() };
+                        let (queues, peers) = (&connection.jetstream, Neighbours(&connection.client));
                         let at = (partition, epoch);
-                        let result = take_over(&jetstream, &registry, &id, at, own, nonce).await;
+                        let result = take_over(queues, &registry, &peers, taker, at, own).await;
                         Done::Took(partition, epoch, result)
                     }));
                 }
@@ -31,10 +35,8 @@ impl Shell {
                     self.perform(actions).await;
                 }
                 Step::Pull(partition) => self.pull(partition).await,
-                Step::Release(partition, consumer) => {
-                    // Acknowledgements on their way must arrive before their consumer goes.
-                    let _ = self.connection.client.flush().await;
-                    let _ = self.connection.jetstream.delete_consumer(partition, &consumer).await;
+                Step::Release { partition, consumer, unserved } => {
+                    self.release(partition, consumer, Duration::from_millis(unserved)).await;
                 }
                 Step::ReadPlacement => {
                     self.read_placement(RETAKE_PAUSE.mul_f64(rand::random_range(0.5..1.0)));
@@ -67,6 +69,14 @@ impl Shell {
         }
         let count = self.holdings.partitions().count().max(1);
         let batch = (self.pull_bytes / count / self.average_bytes.max(1)).clamp(2, 128) as u64;
+        let batch = if !self.holdings.is_leaving(partition) {
+            batch
+        } else if self.core.rest(partition) == Rest::Contributions {
+            // The other contributions of rounds that have begun, one by one.
+            1
+        } else {
+            return;
+        };
         let Some(held) = self.holdings.pulled(partition) else { return };
         if let Some((subject, body)) = held.pull(partition, batch) {
             let reply = format!("{}.{partition}", self.inbox);
@@ -77,10 +87,10 @@ impl Shell {
 
     /// Reads the placement, after a pause where taking over has just failed.
     pub(super) fn read_placement(&self, pause: Duration) {
-        let registry = self.registry.clone();
+        let (registry, key) = (self.registry.clone(), placement_key(self.config.pool.as_ref()));
         self.work.push(Box::pin(async move {
             tokio::time::sleep(pause).await;
-            let placement = registry.get::<Placement>(PLACEMENT_KEY).await;
+            let placement = registry.get::<Placement>(&key).await;
             Done::Placement(placement.map(|(placement, _)| placement.unwrap_or_default()))
         }));
     }

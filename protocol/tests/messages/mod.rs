@@ -10,13 +10,13 @@ use proptest::{
 };
 use thalweg_protocol::{
     AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
-    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, Head, Incarnation, Init,
-    InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState, JobSummary, Kind,
-    Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound, Origin,
-    ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
-    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError, WorkerRef,
-    frame,
+    Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, HandedOver, Handover, Head,
+    Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState,
+    JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound,
+    Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet,
+    Reject, ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId,
+    StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError,
+    WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -83,6 +83,9 @@ messages! {
     Lease: Record, (incarnation(), U64).prop_map(|(holder, renewals)| Lease { holder, renewals });
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
+    Handover: Handover, (U16, text(), U64)
+        .prop_map(|(partition, consumer, epoch)| Handover { partition, consumer, epoch });
+    HandedOver: HandedOver, option::of(U64).prop_map(|unserved_us| HandedOver { unserved_us });
     Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
     AgentBeat: AgentBeat, agent_beat();
     AgentRequest: AgentRequest, (BOOL, name()).prop_map(|(start, invoker)| match start {
@@ -329,10 +332,12 @@ fn job_spec() -> impl Strategy<Value = JobSpec> {
     let guarantees = (durability(), non_finite, init());
     let on_loss = prop::sample::select(vec![OnLoss::Fail, OnLoss::RollBack, OnLoss::Reseed]);
     let order = prop::sample::select(vec![FoldOrder::Rank, FoldOrder::Arrival]);
-    let policy = (option::of(U64), on_loss, order).prop_map(|(ttl_ms, on_loss, order)| Policy {
+    let pool = option::of(name());
+    let policy = (option::of(U64), on_loss, order, pool).prop_map(|(ttl_ms, on_loss, order, pool)| Policy {
         ttl_ms,
         on_loss,
         order,
+        pool,
     });
     (model, round, guarantees, U32, U32, policy).prop_map(
         |(
@@ -379,8 +384,9 @@ fn job_record() -> impl Strategy<Value = JobRecord> {
         version,
         rolled_back,
     });
-    let life = (option::of(text()), option::of(origin), vec(incarnation(), 0..3))
-        .prop_map(|(paused, origin, replaces)| Life { paused, origin, replaces });
+    let life = (option::of(text()), option::of(origin), vec(incarnation(), 0..3), U16).prop_map(
+        |(paused, origin, replaces, first_partition)| Life { paused, origin, replaces, first_partition },
+    );
     (job_spec(), incarnation(), place, state, vec(revision, 0..3), life).prop_map(
         |(spec, incarnation, (layout, slots, store, partitions), state, settings, life)| JobRecord {
             spec,
@@ -515,7 +521,7 @@ fn api_reply() -> impl Strategy<Value = ApiReply> {
 
 fn placement() -> impl Strategy<Value = Placement> {
     let placed = (U64, option::of(text())).prop_map(|(epoch, holder)| PlacedPartition { epoch, holder });
-    vec(placed, 0..40).prop_map(|partitions| Placement { partitions })
+    (vec(placed, 0..40), U16).prop_map(|(partitions, first)| Placement { partitions, first })
 }
 
 fn suspect() -> impl Strategy<Value = Suspect> {

@@ -51,6 +51,9 @@ pub(crate) struct JobArgs {
     /// In which order contributions are folded; on arrival suits rounds of thousands of workers, or of hours
     #[arg(long, value_enum, default_value_t = OrderArg::Rank)]
     order: OrderArg,
+    /// The pool whose invokers alone serve the job; without it, the shared one
+    #[arg(long)]
+    pool: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -124,6 +127,9 @@ impl JobArgs {
         }
         if let Some(bytes) = self.shard_bytes {
             job = job.shard_bytes(bytes);
+        }
+        if let Some(pool) = &self.pool {
+            job = job.pool(pool)?;
         }
         if let Some(ttl) = self.ttl {
             job = job.time_to_live(ttl);

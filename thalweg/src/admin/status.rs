@@ -43,7 +43,12 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     let registry = Registry::open(&connection.jetstream).await?;
     let (store, _) = registry.get::<StoreRecord>(STORE_KEY).await?;
     let (streams, _) = registry.get::<Streams>(STREAMS_KEY).await?;
-    let (placement, _) = registry.get::<Placement>(PLACEMENT_KEY).await?;
+    let mut placed = 0;
+    for key in registry.keys(PLACEMENT_KEY).await? {
+        let (placement, _) = registry.get::<Placement>(&key).await?;
+        let partitions = placement.into_iter().flat_map(|placement| placement.partitions);
+        placed += partitions.filter(|partition| partition.holder.is_some()).count();
+    }
     let leads = async |role: &str| registry.get::<Lease>(&lease_key(role)).await.map(|(lease, _)| lease);
     let before = (leads("gateway").await?, leads("autoscaler").await?);
     let (invokers, strangers) = listen(&connection).await?;
@@ -65,9 +70,6 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     // A lease that is held is renewed several times in that time.
     let (gateway, autoscaler) =
         (after.0.is_some() && before.0 != after.0, after.1.is_some() && before.1 != after.1);
-    let placed = placement.map_or(0, |placement| {
-        placement.partitions.iter().filter(|partition| partition.holder.is_some()).count()
-    });
     let jobs = if gateway {
         target.connect().await?.jobs(None).await.map_err(|error| error.to_string())
     } else {
@@ -172,7 +174,9 @@ type Heard = (BTreeMap<String, InvokerBeat>, BTreeMap<String, String>);
 
 /// The newest heartbeat of every invoker that can be heard, and of whom it cannot be understood, and why.
 async fn listen(connection: &Connection) -> anyhow::Result<Heard> {
-    let mut beats = connection.client.subscribe(subjects::INVOKER_BEATS).await?;
+    let [shared, pooled] = subjects::ALL_INVOKER_BEATS;
+    let shared = connection.client.subscribe(shared).await?;
+    let mut beats = futures::stream::select(shared, connection.client.subscribe(pooled).await?);
     let (mut invokers, mut strangers) = (BTreeMap::new(), BTreeMap::new());
     let until = Instant::now() + LISTEN;
     while let Ok(Some(message)) =

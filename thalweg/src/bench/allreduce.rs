@@ -14,11 +14,15 @@ use thalweg_protocol::Durability;
 
 use super::{
     crew::{Command, Crew},
+    gradient::Gradient,
     load::Function,
-    stack::{Cpu, Options, Stack},
+    stack::{Cpu, Invokers, Options, Stack},
     worker::WorkerArgs,
 };
-use crate::demo::{durability, quantile};
+use crate::{
+    demo::{durability, quantile},
+    models::Model,
+};
 
 /// Arguments of `thalweg bench allreduce`.
 #[derive(Debug, clap::Args)]
@@ -26,9 +30,12 @@ pub(super) struct Args {
     /// Worker processes
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: u32,
-    /// Size of the gradient, MiB of f32
+    /// Size of the gradient, MiB of f32, in tensors of 4 MiB
     #[arg(long, default_value_t = 64.0)]
     mib: f64,
+    /// The tensors of this model instead
+    #[arg(long, conflicts_with = "mib")]
+    model: Option<Model>,
     /// Rounds that count, after three that do not
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -60,7 +67,7 @@ enum Peer {
 }
 
 /// Elements of one tensor: 4 MiB.
-const TENSOR_ELEMENTS: usize = 1 << 20;
+const TENSOR_ELEMENTS: u64 = 1 << 20;
 const WARM_UP: u32 = 3;
 /// Messages of the bare pattern that are tried, KiB.
 const MESSAGE_KIB: [usize; 3] = [128, 256, 512];
@@ -126,7 +133,7 @@ struct Bench<'a> {
     args: &'a Args,
     stack: Stack,
     crew: Crew,
-    elements: usize,
+    gradient: Gradient,
     /// Number of the round that was run last, of either kind.
     round: u32,
     seconds: Vec<f64>,
@@ -134,18 +141,24 @@ struct Bench<'a> {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    let elements = ((args.mib * f64::from(1 << 18)).round() as usize).max(1);
+    let gradient = match args.model {
+        Some(model) => Gradient::Of { model, scale: 1.0 },
+        None => Gradient::Even {
+            elements: ((args.mib * f64::from(1 << 18)).round() as u64).max(1),
+            tensor_elements: TENSOR_ELEMENTS,
+        },
+    };
     // The bare pattern has no bound on what waits in its queue but the models themselves.
-    let models = u64::from(args.workers) * elements as u64 * 4;
+    let models = u64::from(args.workers) * gradient.bytes();
     let stack = Stack::start(&Options {
-        invokers: usize::from(args.invokers),
+        invokers: Invokers::fixed(args.invokers.into()),
         broker_memory_bytes: (2 << 30_u64).max(2 * models),
         sync_always: args.durability == Durability::Disk,
         settings: Vec::new(),
         logs: args.logs.clone(),
     })?;
     let (round, seconds, usage) = (0, Vec::new(), Usage::default());
-    let mut bench = Bench { args, stack, crew: Crew::new(), elements, round, seconds, usage };
+    let mut bench = Bench { args, stack, crew: Crew::new(), gradient, round, seconds, usage };
     let raw = match bench.measure() {
         Ok(raw) => raw,
         Err(error) => {
@@ -171,10 +184,19 @@ impl Bench<'_> {
         let bar = progress(args);
         bar.set_message("starting");
         for rank in 0..args.workers {
-            let sizes = (self.elements, TENSOR_ELEMENTS);
-            let command =
-                WorkerArgs::command_line(&url, (rank, args.workers), sizes, args.durability, args.function);
-            self.crew.hire(&command)?;
+            let worker = WorkerArgs {
+                url: url.clone(),
+                job: "bench".to_owned(),
+                pool: None,
+                stretch: 1.0,
+                irregular: None,
+                rank,
+                workers: args.workers,
+                gradient: self.gradient,
+                durability: args.durability,
+                function: args.function,
+            };
+            self.crew.hire(&worker.command_line())?;
         }
         self.crew.hear()?;
         let mut raw = match args.vs {
@@ -256,7 +278,7 @@ impl Bench<'_> {
         folder.hire(&["bench-folder", "--url", url, "--workers", &workers].map(str::to_owned))?;
         folder.hear()?;
         self.crew.all(Command::ConnectRaw)?;
-        let model = self.elements * 4;
+        let model = self.gradient.elements() * 4;
         let mut tried: Vec<(usize, usize, Vec<f64>)> = Vec::new();
         for message in MESSAGE_KIB.map(|kib| kib << 10) {
             for window in WINDOW_MIB.map(|mib| mib << 20) {
@@ -298,7 +320,7 @@ impl Bench<'_> {
     }
 
     fn pushed_bytes(&self) -> f64 {
-        f64::from(self.args.workers) * self.elements as f64 * 4.0
+        f64::from(self.args.workers) * self.gradient.bytes() as f64
     }
 
     fn rate(&self, seconds: &[f64]) -> f64 {
@@ -320,7 +342,8 @@ impl Bench<'_> {
         let milliseconds = |seconds: &[f64], q| quantile(seconds, q) * 1e3;
         let mut report = json!({
             "workers": self.args.workers,
-            "mib": self.args.mib,
+            "model": self.args.model.map(Model::name),
+            "mib": self.gradient.bytes() as f64 / f64::from(1 << 20),
             "rounds": self.args.rounds,
             "function": self.args.function.name(),
             "invokers": self.args.invokers,

@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     crew::{Command, Crew, seconds},
+    gradient::Gradient,
     load::Function,
-    stack::{Options, Stack},
+    stack::{Invokers, Options, Stack},
     worker::WorkerArgs,
 };
 use crate::process;
@@ -41,7 +42,7 @@ pub(super) struct Args {
 }
 
 /// Elements of one tensor: 8 MiB.
-const TENSOR_ELEMENTS: usize = 2 << 20;
+const TENSOR_ELEMENTS: u64 = 2 << 20;
 /// Bytes that all workers together may have in flight; the broker holds twice that.
 const WINDOW_BUDGET: u64 = 1 << 30;
 /// Pushed beyond its window by each, so that the window is full.
@@ -54,7 +55,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let stack = Stack::start(&Options {
-        invokers: 1,
+        invokers: Invokers::fixed(1),
         broker_memory_bytes: 2 * WINDOW_BUDGET,
         sync_always: false,
         settings: vec![
@@ -106,16 +107,23 @@ struct Outcome {
 }
 
 fn measure(args: &Args, stack: &Stack, crew: &mut Crew) -> anyhow::Result<Outcome> {
-    let elements = usize::try_from(args.mib << 18)?;
     for rank in 0..args.workers {
-        let sizes = (elements, TENSOR_ELEMENTS);
-        let ranks = (rank, args.workers);
-        let command =
-            WorkerArgs::command_line(&stack.url(), ranks, sizes, Durability::Process, Function::Sum);
-        crew.hire(&command)?;
+        let worker = WorkerArgs {
+            url: stack.url(),
+            job: "bench".to_owned(),
+            pool: None,
+            stretch: 1.0,
+            irregular: None,
+            rank,
+            workers: args.workers,
+            gradient: Gradient::Even { elements: args.mib << 18, tensor_elements: TENSOR_ELEMENTS },
+            durability: Durability::Process,
+            function: Function::Sum,
+        };
+        crew.hire(&worker.command_line())?;
     }
     crew.hear()?;
-    let ahead = (WINDOW_BUDGET / u64::from(args.workers) + BEYOND) / (TENSOR_ELEMENTS as u64 * 4);
+    let ahead = (WINDOW_BUDGET / u64::from(args.workers) + BEYOND) / (TENSOR_ELEMENTS * 4);
     let command = Command::Backlog { ahead: usize::try_from(ahead)?.max(1) };
     let late = crew.len() - 1;
     (0..late).try_for_each(|member| crew.tell(member, command))?;

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     load::base,
-    stack::{Cpu, Options, Stack},
+    stack::{Cpu, Invokers, Options, Stack},
 };
 use crate::process;
 
@@ -70,7 +70,7 @@ struct Outcome {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let stack = Stack::start(&Options {
-        invokers: 1,
+        invokers: Invokers::fixed(1),
         broker_memory_bytes: 4 * WINDOW_BUDGET,
         sync_always: false,
         settings: vec![

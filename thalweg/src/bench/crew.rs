@@ -31,6 +31,10 @@ pub(super) enum Command {
     Check { raw: bool },
     /// Push the model once without ever holding it, this many tensors ahead of the results.
     Backlog { ahead: usize },
+    /// Train so many rounds by the clock, after others that do not count.
+    Train { rounds: u32, warm_up: u32 },
+    /// Tell what was pushed so far, and what became of it.
+    Account,
     /// Leave the job and end.
     Leave,
 }
@@ -41,6 +45,17 @@ pub(super) enum Command {
 pub(super) enum Reply {
     Ready,
     Round(Span),
+    /// Mean time from round to round, and a checksum of the last result.
+    Trained {
+        period_s: f64,
+        digest: u64,
+    },
+    /// Bytes sent, resends included; contributions that ledgers of rounds lacked or had twice.
+    Account {
+        sent_bytes: u64,
+        lost: u64,
+        repeated: u64,
+    },
 }
 
 /// From the first push to the last result, by the host's monotonic clock.
@@ -166,7 +181,7 @@ pub(super) fn seconds(replies: &[Reply]) -> anyhow::Result<f64> {
     let spans = || {
         replies.iter().filter_map(|reply| match reply {
             Reply::Round(span) => Some(span),
-            Reply::Ready => None,
+            Reply::Ready | Reply::Account { .. } | Reply::Trained { .. } => None,
         })
     };
     let begun = spans().map(|span| span.first_push_ns).min().context("no worker told of a round")?;

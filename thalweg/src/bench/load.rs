@@ -83,7 +83,9 @@ impl Expectation {
         let wrong = values.iter().enumerate().filter(|(element, value)| {
             let expected = self.parameters.get(*element).copied().unwrap_or_else(|| mean(*element));
             // Exact for 2^n workers; a mean over others is rounded.
-            (**value - expected).abs() > 1e-5 * expected.abs().max(1.0)
+            let rounded = if self.workers.is_power_of_two() { 0.0 } else { 1e-5 };
+            let equal = (**value - expected).abs() <= rounded * expected.abs().max(1.0);
+            !equal
         });
         match wrong.count() {
             0 => Ok(()),

@@ -4,11 +4,18 @@ mod allreduce;
 mod backlog;
 mod contributors;
 mod crew;
+mod elasticity;
+mod gradient;
+mod journal;
 mod load;
+mod migrate;
+mod offered;
 mod raw;
 mod service;
 mod stack;
+mod step;
 mod store;
+mod train;
 mod worker;
 
 use clap::Subcommand;
@@ -32,8 +39,14 @@ enum What {
     Backlog(backlog::Args),
     /// One round of thousands of contributors
     Contributors(contributors::Args),
+    /// Jobs that share elastic invokers, against jobs with invokers of their own
+    Elasticity(elasticity::Args),
+    /// Moves of all partitions of a running job
+    Migrate(migrate::Args),
     /// What joining, snapshots and idle jobs cost those who train
     Service(service::Args),
+    /// Load that jumps, on invokers that follow it
+    Step(step::Args),
     /// Commits of shards against a bare pwrite and fdatasync of the same bytes
     Store(store::Args),
 }
@@ -48,7 +61,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         What::Allreduce(args) => allreduce::run(&args),
         What::Backlog(args) => backlog::run(&args),
         What::Contributors(args) => contributors::run(&args),
+        What::Elasticity(args) => elasticity::run(&args),
+        What::Migrate(args) => migrate::run(&args),
         What::Service(args) => service::run(&args),
+        What::Step(args) => step::run(&args),
         What::Store(args) => store::run(&args),
     }
 }

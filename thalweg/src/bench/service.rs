@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     load,
-    stack::{Options, Stack},
+    stack::{Invokers, Options, Stack},
 };
 use crate::process;
 
@@ -46,7 +46,7 @@ const ROUNDS: usize = 6;
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let stack = Stack::start(&Options {
-        invokers: 1,
+        invokers: Invokers::fixed(1),
         broker_memory_bytes: 4 << 30,
         sync_always: false,
         settings: Vec::new(),

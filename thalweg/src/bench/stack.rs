@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -9,15 +10,31 @@ use std::{
 use anyhow::Context as _;
 
 use crate::{
-    nats::{self, terminate},
+    nats::{self, signal, terminate, wait},
     process,
 };
+
+/// Who starts invokers, and how many.
+#[derive(Clone, Debug)]
+pub(super) enum Invokers {
+    /// The autoscaler, within these bounds.
+    Scaled(RangeInclusive<usize>),
+    /// The benchmark, with [`Stack::start_invoker`]; it also places them. There is no autoscaler.
+    Own,
+}
+
+impl Invokers {
+    /// Always that many.
+    pub(super) fn fixed(count: usize) -> Self {
+        Self::Scaled(count..=count)
+    }
+}
 
 /// What a deployment is like.
 #[derive(Clone, Debug)]
 pub(super) struct Options {
-    /// Invokers, fixed.
-    pub(super) invokers: usize,
+    /// Its invokers.
+    pub(super) invokers: Invokers,
     /// Memory for the broker's queues, bytes.
     pub(super) broker_memory_bytes: u64,
     /// Sync the registry, as level `disk` needs.
@@ -41,12 +58,17 @@ pub(super) struct Cpu {
 /// A running deployment. Dropped, it is killed.
 pub(super) struct Stack {
     // Ended from top to bottom: the autoscaler ends its invokers.
-    autoscaler: Child,
+    own_invokers: Vec<(String, Child)>,
+    /// CPU time of those that have been ended, seconds.
+    ended_cpu: f64,
+    autoscaler: Option<Child>,
     gateway: Child,
     store: Child,
     server: nats::Server,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
     logs: PathBuf,
+    /// Flags of every component.
+    settings: Vec<String>,
 }
 
 impl Stack {
@@ -61,31 +83,43 @@ impl Stack {
             max_memory_bytes: options.broker_memory_bytes,
             sync_always: options.sync_always,
         })?;
-        let invokers = options.invokers;
-        let settings = options.settings.iter().cloned().chain([
-            "gateway.http_listen=127.0.0.1:0".to_owned(),
-            format!("autoscaler.policy.min_invokers={invokers}"),
-            format!("autoscaler.policy.max_invokers={invokers}"),
-        ]);
-        let settings: Vec<_> = settings.flat_map(|setting| ["--set".to_owned(), setting]).collect();
+        let mut settings = vec!["gateway.http_listen=127.0.0.1:0".to_owned(), "log.format=json".to_owned()];
+        if let Invokers::Scaled(bounds) = &options.invokers {
+            settings.push(format!("autoscaler.policy.min_invokers={}", bounds.start()));
+            settings.push(format!("autoscaler.policy.max_invokers={}", bounds.end()));
+        }
+        settings.extend(options.settings.iter().cloned());
+        let settings: Vec<_> =
+            settings.into_iter().flat_map(|setting| ["--set".to_owned(), setting]).collect();
         let spawn = |component: &str, more: &[&str]| {
-            let log = File::create(logs.join(format!("{component}.log")))?;
-            Command::new(std::env::current_exe()?)
-                .args([component, "--admin", "127.0.0.1:0", "--nats-url", &server.url()])
-                .args(&settings)
-                .args(more)
-                .current_dir(directory.path())
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log)
-                .spawn()
-                .with_context(|| format!("starting {component}"))
+            spawn((component, component), &server.url(), (&settings, more), (directory.path(), &logs))
         };
         let data = directory.path().join("store").display().to_string();
         let store = spawn("store", &["--data-dir", &data])?;
         let gateway = spawn("gateway", &[])?;
-        let autoscaler = spawn("autoscaler", &[])?;
-        Ok(Self { autoscaler, gateway, store, server, _directory: directory, logs })
+        let autoscaler = match options.invokers {
+            Invokers::Scaled(_) => Some(spawn("autoscaler", &[])?),
+            Invokers::Own => None,
+        };
+        let (own_invokers, ended_cpu) = (Vec::new(), 0.0);
+        Ok(Self { own_invokers, ended_cpu, autoscaler, gateway, store, server, directory, logs, settings })
+    }
+
+    /// Starts an invoker that no autoscaler knows of, with a setting of its own if need be. Its log is `<id>.log`.
+    pub(super) fn start_invoker(&mut self, id: &str, setting: Option<&str>) -> anyhow::Result<()> {
+        let (settings, url) = (&self.settings, self.server.url());
+        let mut more = vec!["--id", id];
+        more.extend(setting.into_iter().flat_map(|setting| ["--set", setting]));
+        let places = (self.directory.path(), self.logs.as_path());
+        let child = spawn(("invoker", id), &url, (settings, &more), places)?;
+        self.own_invokers.push((id.to_owned(), child));
+        Ok(())
+    }
+
+    /// The log of a component, or of an invoker by its id: lines of JSON. Invokers that the autoscaler has started
+    /// write into its log.
+    pub(super) fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
     }
 
     /// URL of its NATS server.
@@ -95,22 +129,27 @@ impl Stack {
 
     /// Process ids of the invokers that live.
     pub(super) fn invokers(&self) -> Vec<u32> {
-        process::children(self.autoscaler.id())
+        let own = self.own_invokers.iter().map(|(_, invoker)| invoker.id());
+        let scaled = self.autoscaler.iter().flat_map(|autoscaler| process::children(autoscaler.id()));
+        own.chain(scaled).collect()
     }
 
     /// Process ids of all parts.
     pub(super) fn pids(&self) -> Vec<u32> {
-        let parts = [self.server.pid(), self.store.id(), self.gateway.id(), self.autoscaler.id()];
-        parts.into_iter().chain(self.invokers()).collect()
+        let parts = [self.server.pid(), self.store.id(), self.gateway.id()];
+        let autoscaler = self.autoscaler.iter().map(Child::id);
+        parts.into_iter().chain(autoscaler).chain(self.invokers()).collect()
     }
 
     /// CPU time so far.
     pub(super) fn cpu(&self) -> Cpu {
-        let (autoscaler, ended) = process::cpu_seconds(self.autoscaler.id());
+        let autoscaler = self.autoscaler.as_ref();
+        let (autoscaler, ended) =
+            autoscaler.map_or((0.0, 0.0), |autoscaler| process::cpu_seconds(autoscaler.id()));
         let living: f64 = self.invokers().into_iter().map(|pid| process::cpu_seconds(pid).0).sum();
         Cpu {
             broker: process::cpu_seconds(self.server.pid()).0,
-            invokers: ended + living,
+            invokers: self.ended_cpu + ended + living,
             store: process::cpu_seconds(self.store.id()).0,
             gateway: process::cpu_seconds(self.gateway.id()).0 + autoscaler,
         }
@@ -119,29 +158,64 @@ impl Stack {
     /// Shows the ends of the logs, to explain a failure.
     pub(super) fn explain(&self) {
         for log in ["gateway", "store", "autoscaler"] {
-            if let Some(tail) = tail(&self.logs.join(format!("{log}.log"))) {
+            if let Some(tail) = tail(&self.log(log)) {
                 eprintln!("--- end of the log of {log}\n{tail}");
             }
         }
     }
 
+    /// Components of which the autoscaler ends its invokers, in the order in which they end.
+    fn children(&mut self) -> impl Iterator<Item = &mut Child> {
+        let invokers = self.own_invokers.iter_mut().map(|(_, invoker)| invoker).chain(&mut self.autoscaler);
+        invokers.chain([&mut self.gateway, &mut self.store])
+    }
+
+    /// Ends the invokers that the benchmark has started under ids with this beginning, in order.
+    pub(super) fn end_invokers(&mut self, beginning: &str) -> anyhow::Result<()> {
+        let mut ending: Vec<_> =
+            self.own_invokers.extract_if(.., |(id, _)| id.starts_with(beginning)).collect();
+        // All at once, so that none waits for another; what they do after this is not in the CPU time.
+        for (_, invoker) in &ending {
+            self.ended_cpu += process::cpu_seconds(invoker.id()).0;
+            signal(invoker);
+        }
+        ending.iter_mut().try_for_each(|(_, invoker)| wait(invoker))
+    }
+
     /// Ends everything in order.
     pub(super) fn stop(mut self) -> anyhow::Result<()> {
-        for child in [&mut self.autoscaler, &mut self.gateway, &mut self.store] {
-            terminate(child)?;
-        }
-        Ok(())
+        self.children().try_for_each(|child| terminate(child).map(drop))
     }
 }
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        for child in [&mut self.autoscaler, &mut self.gateway, &mut self.store] {
+        for child in self.children() {
             if matches!(child.try_wait(), Ok(None)) {
                 let _ = terminate(child);
             }
         }
     }
+}
+
+/// Starts a component; `name` is that of its log.
+fn spawn(
+    (component, name): (&str, &str),
+    url: &str,
+    (settings, more): (&[String], &[&str]),
+    (directory, logs): (&Path, &Path),
+) -> anyhow::Result<Child> {
+    let log = File::create(logs.join(format!("{name}.log")))?;
+    Command::new(std::env::current_exe()?)
+        .args([component, "--admin", "127.0.0.1:0", "--nats-url", url])
+        .args(settings)
+        .args(more)
+        .current_dir(directory)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting {name}"))
 }
 
 fn tail(path: &Path) -> Option<String> {

@@ -3,6 +3,9 @@
 use std::{
     collections::VecDeque,
     io::{BufRead as _, Write as _},
+    ops::Range,
+    path::PathBuf,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -12,71 +15,98 @@ use tokio::sync::mpsc;
 
 use super::{
     crew::{Command, Reply, Span, now_ns},
+    gradient::Gradient,
     load::{self, Expectation, Function},
     raw::Pusher,
+    train::{self, Loop},
 };
+use crate::models::Tensor;
 
 /// Arguments of a worker process.
 #[derive(Clone, Debug, clap::Args)]
 pub struct WorkerArgs {
     #[arg(long)]
-    url: String,
+    pub(super) url: String,
     #[arg(long)]
-    rank: u32,
+    pub(super) job: String,
     #[arg(long)]
-    workers: u32,
+    pub(super) rank: u32,
     #[arg(long)]
-    elements: usize,
+    pub(super) workers: u32,
     #[arg(long)]
-    tensor_elements: usize,
+    pub(super) pool: Option<String>,
+    #[arg(long)]
+    pub(super) gradient: Gradient,
+    /// Times the model's think time.
+    #[arg(long)]
+    pub(super) stretch: f64,
+    #[arg(long)]
+    pub(super) irregular: Option<PathBuf>,
     #[arg(long, value_parser = crate::demo::durability)]
-    durability: Durability,
+    pub(super) durability: Durability,
     #[arg(long)]
-    function: Function,
+    pub(super) function: Function,
+}
+
+/// One tensor of the gradient.
+pub(super) struct Part {
+    pub(super) name: String,
+    shape: Vec<u64>,
+    pub(super) bounds: Range<usize>,
 }
 
 impl WorkerArgs {
-    /// The command line of worker `rank`.
-    pub(super) fn command_line(
-        url: &str,
-        (rank, workers): (u32, u32),
-        (elements, tensor_elements): (usize, usize),
-        durability: Durability,
-        function: Function,
-    ) -> Vec<String> {
-        let numbers = [
-            ("--rank", u64::from(rank)),
-            ("--workers", u64::from(workers)),
-            ("--elements", elements as u64),
-            ("--tensor-elements", tensor_elements as u64),
+    /// The command line of such a process.
+    pub(super) fn command_line(&self) -> Vec<String> {
+        let flags = [
+            ("--url", self.url.clone()),
+            ("--job", self.job.clone()),
+            ("--rank", self.rank.to_string()),
+            ("--workers", self.workers.to_string()),
+            ("--gradient", self.gradient.to_string()),
+            ("--stretch", format!("{:?}", self.stretch)),
+            ("--durability", self.durability.to_string()),
+            ("--function", self.function.name().to_owned()),
         ];
-        let numbers = numbers.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value.to_string()]);
-        let texts = [
-            ("--url", url.to_owned()),
-            ("--durability", durability.to_string()),
-            ("--function", function.name().to_owned()),
-        ];
-        let texts = texts.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
-        ["bench-worker".to_owned()].into_iter().chain(numbers).chain(texts).collect()
+        let pool = self.pool.iter().map(|pool| ("--pool", pool.clone()));
+        let irregular = self.irregular.iter().map(|path| ("--irregular", path.display().to_string()));
+        let flags =
+            flags.into_iter().chain(pool).chain(irregular).flat_map(|(flag, value)| [flag.to_owned(), value]);
+        ["bench-worker".to_owned()].into_iter().chain(flags).collect()
     }
 
-    /// Bounds of every tensor.
-    fn tensors(&self) -> Vec<(String, std::ops::Range<usize>)> {
-        let starts = (0..self.elements).step_by(self.tensor_elements).enumerate();
-        let bounds = |start: usize| start..self.elements.min(start + self.tensor_elements);
-        starts.map(|(index, start)| (format!("t{index}"), bounds(start))).collect()
+    /// From iteration to iteration, over and over.
+    fn think_times(&self) -> anyhow::Result<Vec<Duration>> {
+        let mean = self.gradient.think_time().mul_f64(self.stretch);
+        match &self.irregular {
+            Some(path) => train::irregular(path, self.rank, mean),
+            None => Ok(vec![mean]),
+        }
     }
 
-    async fn join(&self) -> anyhow::Result<Worker> {
-        let mut job = Job::new("bench")?
+    fn parts(&self) -> Vec<Part> {
+        let mut next = 0;
+        let part = |Tensor { name, shape }: Tensor| {
+            let start = next;
+            next += shape.iter().product::<u64>() as usize;
+            Part { name, shape, bounds: start..next }
+        };
+        self.gradient.tensors().into_iter().map(part).collect()
+    }
+
+    async fn join(&self, parts: &[Part]) -> anyhow::Result<Worker> {
+        let mut job = Job::new(&self.job)?
             .function_spec(self.function.spec())
             .workers(self.workers)
             .durability(self.durability);
+        if let Some(pool) = &self.pool {
+            job = job.pool(pool)?;
+        }
         let mut initial = Vec::new();
-        for (name, bounds) in self.tensors() {
-            job = job.tensor(name.clone(), [bounds.len() as u64]);
+        for Part { name, shape, bounds } in parts {
+            job = job.tensor(name.clone(), shape.clone());
             if self.function == Function::Sgd && self.rank == 0 {
-                initial.push((name, vec![0.0; bounds.len()]));
+                initial.push((name.clone(), vec![0.0; bounds.len()]));
             }
         }
         let client = Client::connect(&self.url).await?;
@@ -109,20 +139,21 @@ pub(super) fn reply(reply: Reply) -> anyhow::Result<()> {
 
 pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     thalweg_telemetry::logs::init("warn", thalweg_telemetry::logs::LogFormat::Auto)?;
-    let tensors = args.tensors();
+    let (parts, think_times) = (args.parts(), args.think_times()?);
+    let elements = parts.last().map_or(0, |part| part.bounds.end);
     let mut commands = commands();
-    let mut worker = args.join().await?;
+    let mut worker = args.join(&parts).await?;
     let mut pusher = None;
-    let mut expectation = Expectation::new(args.function, args.workers, args.elements);
+    let mut expectation = Expectation::new(args.function, args.workers, elements);
     let (mut gradient, mut result): (Vec<f32>, Vec<f32>) = (Vec::new(), Vec::new());
-    let mut round = 0;
+    let (mut round, mut lost, mut repeated) = (0, 0, 0);
     reply(Reply::Ready)?;
     while let Some(command) = commands.recv().await {
         let answer = match command {
             Command::Prepare { round: next } => {
                 round = next;
-                gradient.resize(args.elements, 0.0);
-                result.resize(args.elements, 0.0);
+                gradient.resize(elements, 0.0);
+                result.resize(elements, 0.0);
                 load::fill(&mut gradient, 0, round, args.rank);
                 result.fill(f32::NAN);
                 Reply::Ready
@@ -130,14 +161,35 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
             Command::Thalweg => {
                 let first_push_ns = now_ns();
                 // The two halves of push_pull, into memory that is there already.
-                for (name, bounds) in &tensors {
+                for Part { name, bounds, .. } in &parts {
                     worker.push(name, &gradient[bounds.clone()]).await?;
                 }
-                for (name, bounds) in &tensors {
+                for Part { name, bounds, .. } in &parts {
                     worker.pull(name, &mut result[bounds.clone()]).await?;
                 }
-                Reply::Round(Span { first_push_ns, last_result_ns: now_ns() })
+                let last_result_ns = now_ns();
+                let (without, twice) = miscounted(&worker, args.workers);
+                (lost, repeated) = (lost + without, repeated + twice);
+                Reply::Round(Span { first_push_ns, last_result_ns })
             }
+            Command::Train { rounds, warm_up } => {
+                gradient.resize(elements, 0.0);
+                result.resize(elements, 0.0);
+                let mut training = Loop {
+                    worker: &mut worker,
+                    workers: args.workers,
+                    parts: &parts,
+                    gradient: &mut gradient,
+                    result: &mut result,
+                    expectation: &mut expectation,
+                    think_times: &think_times,
+                    round: &mut round,
+                    lost: &mut lost,
+                    repeated: &mut repeated,
+                };
+                training.train(rounds, warm_up).await?
+            }
+            Command::Account => Reply::Account { sent_bytes: worker.traffic().0, lost, repeated },
             Command::ConnectRaw => {
                 pusher = Some(Pusher::connect(&args.url, args.rank).await?);
                 Reply::Ready
@@ -157,7 +209,7 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
                 expectation.check(&result, round)?;
                 Reply::Ready
             }
-            Command::Backlog { ahead } => backlog(&args, &tensors, &mut worker, ahead).await?,
+            Command::Backlog { ahead } => backlog(&args, &parts, &mut worker, ahead).await?,
             Command::Leave => break,
         };
         reply(answer)?;
@@ -166,17 +218,31 @@ pub(super) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     reply(Reply::Ready)
 }
 
+/// Contributions to the last round that its ledgers lack, and that they have more than once, over all shards.
+pub(super) fn miscounted(worker: &Worker, workers: u32) -> (u64, u64) {
+    let (mut lost, mut repeated) = (0, 0);
+    for (_, _, mut ranks) in worker.ledgers() {
+        let counted = ranks.len();
+        ranks.sort_unstable();
+        ranks.dedup();
+        lost += u64::from(workers).saturating_sub(ranks.len() as u64);
+        repeated += (counted - ranks.len()) as u64;
+    }
+    (lost, repeated)
+}
+
 /// One round, tensor by tensor: each is made, pushed and forgotten, and its result checked and forgotten.
 async fn backlog(
     args: &WorkerArgs,
-    tensors: &[(String, std::ops::Range<usize>)],
+    parts: &[Part],
     worker: &mut Worker,
     ahead: usize,
 ) -> anyhow::Result<Reply> {
-    let mut values = vec![0.0; args.tensor_elements];
+    let largest = parts.iter().map(|part| part.bounds.len()).max().unwrap_or(0);
+    let mut values = vec![0.0; largest];
     let mut open = VecDeque::new();
     let first_push_ns = now_ns();
-    for (name, bounds) in tensors {
+    for Part { name, bounds, .. } in parts {
         if open.len() == ahead {
             pull(args, worker, &mut open, &mut values).await?;
         }
@@ -194,7 +260,7 @@ async fn backlog(
 async fn pull(
     args: &WorkerArgs,
     worker: &mut Worker,
-    open: &mut VecDeque<(&String, &std::ops::Range<usize>)>,
+    open: &mut VecDeque<(&String, &Range<usize>)>,
     values: &mut [f32],
 ) -> anyhow::Result<()> {
     let Some((name, bounds)) = open.pop_front() else { return Ok(()) };

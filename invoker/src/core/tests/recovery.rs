@@ -3,6 +3,8 @@
 use thalweg_protocol::{ErrorCode, JobState, Member};
 use thalweg_store::ShardStore as _;
 
+use crate::holdings::Rest;
+
 use super::{
     super::{Action, Event},
     model::{Note, PARTITION, World, now_or_never},
@@ -117,9 +119,9 @@ fn a_drained_partition_ends_what_runs_and_starts_nothing() {
         world.perform(action).into_iter().for_each(|event| world.tell(event));
     }
     world.tell(Event::Drain(PARTITION));
-    assert!(!world.core.is_quiet(PARTITION));
+    assert_eq!(world.core.rest(PARTITION), Rest::Invocations);
     world.give(&pushes[1]);
-    assert!(world.core.is_quiet(PARTITION));
+    assert_eq!(world.core.rest(PARTITION), Rest::Contributions);
     assert_eq!(world.history.len(), 1);
     assert_eq!(world.queue.len(), 1, "the next holder's");
     held(&mut world, None, None);
