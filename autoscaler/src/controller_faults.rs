@@ -105,7 +105,7 @@ proptest! {
     /// once it is over, the backlog is served by as many as there should be, who are all alive.
     #[test]
     fn the_controller_recovers_from_anything(faults in faults()) {
-        let mut world = World::leading(Config { catch_up_ms: 500, ..Config::default() });
+        let mut world = World::leading(Config { catch_up_ms: 350, ..Config::default() });
         let mut gone = BTreeSet::new();
         let mut epochs = vec![0; usize::from(PARTITIONS)];
         for fault in faults {

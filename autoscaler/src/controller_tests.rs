@@ -9,7 +9,7 @@ const MIB: u64 = 1 << 20;
 
 /// With the catch-up target that the figures below were reckoned for.
 fn config() -> Config {
-    Config { catch_up_ms: 500, ..Config::default() }
+    Config { catch_up_ms: 350, ..Config::default() }
 }
 
 /// The registry, the queues and the invokers around a controller.

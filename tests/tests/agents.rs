@@ -192,7 +192,7 @@ async fn no_invoker_is_left_when_all_else_is_gone() {
     agents.invokers("host", 0).await;
     let id = format!("orphan-{:08x}", rand::random::<u32>());
     let mut beats =
-        agents.connection.client.subscribe(subjects::invoker_beat(&id)).await.expect("subscribed");
+        agents.connection.client.subscribe(subjects::invoker_beat(None, &id)).await.expect("subscribed");
     let start = AgentRequest::Start { invoker: Name::new(id.clone()).expect("a name") };
     let started = agents.ask(agents.newest["host"].life, start).await;
     assert!(matches!(started, AgentReply::Done { .. }), "{started:?}");

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Time over which what comes in is averaged.
-pub(crate) const FLOW_MS: Millis = 2000;
+pub(crate) const FLOW_MS: Millis = 1000;
 /// A utilisation this much above the target is tolerated before there are more: what makes them grow is not what
 /// makes them shrink, so that noise does neither.
 const TOLERATED_UTILISATION: f64 = 1.18;
@@ -23,7 +23,7 @@ const LATE_MS: f64 = 2000.0;
 /// Time after which newly added invokers must have made a difference.
 const EFFECT_MS: Millis = 3000;
 /// Time that those who were just added have to begin with their work before there are more, unless twice as many are
-/// needed.
+/// needed. While some have not begun at all there are no more either.
 const GROW_PAUSE_MS: Millis = 700;
 /// Share of the growth by which the throughput must have grown.
 const EFFECT: f64 = 0.2;
@@ -165,6 +165,7 @@ impl Outlook {
             outlook.open = ((came - explained) / seconds / rate).max(0.0);
         }
         let backlog = (latest.workable_bytes() - in_flight).max(0.0);
+        // Only what lasts has to leave room: a backlog may take all of them.
         outlook.urgent = outlook.open + backlog / rate / (config.catch_up_ms as f64 / 1000.0);
         outlook
     }
@@ -182,13 +183,15 @@ impl Outlook {
         let (_, most) = config.bounds(history.partitions());
         let utilisation = (config.target_utilisation * tolerated).min(1.0);
         // Not wider than the messages are spread; the conversion saturates, and what is not a number becomes 0.
-        let urgent = ((self.urgent / utilisation).ceil() as usize).min(latest.active_partitions.max(1));
+        let urgent = f64::max(self.open / utilisation, self.urgent / tolerated);
+        let urgent = (urgent.ceil() as usize).min(latest.active_partitions.max(1));
         let partitions = usize::from(history.partitions());
         let limit = config.slowdown_limit * limits;
         let open = self.open.min(utilisation * most as f64);
         let held = demand::fewest(&self.hot, open, limit, utilisation, partitions, most);
         // Where other load alone asks for them it is not a limit that does.
-        let by_limit = held > urgent.max((self.open / utilisation).ceil() as usize);
+        let without = demand::fewest(&[], open, limit, utilisation, partitions, most);
+        let by_limit = held > urgent.max(without);
         let least = usize::from(latest.messages > 0 || !self.hot.is_empty());
         (urgent.max(held).clamp(least, most), by_limit)
     }
@@ -234,7 +237,7 @@ impl Policy for Elastic {
         if let Some(reverted) = self.revert(&outlook, bounded, now, config) {
             return reverted;
         }
-        let grown = self.grown_to(bounded, config).clamp(fewest, most);
+        let grown = self.grown_to(bounded, latest.serving, config).clamp(fewest, most);
         if grown > bounded {
             return self.grow(history, latest, (current, bounded, grown), by_limit, now);
         }
@@ -275,12 +278,13 @@ impl Elastic {
     }
 
     /// More than there are, if what there are was not tolerable throughout the grow window.
-    fn grown_to(&self, current: usize, config: &Config) -> usize {
+    fn grown_to(&self, current: usize, serving: usize, config: &Config) -> usize {
         let lasting =
             |of: fn(&Wanted) -> usize| self.recent(config.grow_window_ms).map(of).min().unwrap_or(0);
         let (kept, chosen) = (lasting(|wanted| wanted.kept), lasting(|wanted| wanted.chosen));
         let at = self.wanted.back().map_or(0, |newest| newest.at);
-        let paused = self.last_growth.is_some_and(|last| at < last + GROW_PAUSE_MS) && kept < 2 * current;
+        let waits = self.last_growth.is_some_and(|last| at < last + GROW_PAUSE_MS) || serving < current;
+        let paused = waits && kept < 2 * current;
         if kept > current && !paused {
             return chosen;
         }

@@ -8,8 +8,8 @@ use crate::{Config, Millis, Policy, Sample, demand, demand::Load};
 
 /// Time between the heartbeats that the policy learns from, milliseconds.
 const BEAT_MS: f64 = 500.0;
-/// Less than this is nothing, milliseconds of work.
-const INSTANT: f64 = 1e-6;
+/// Time or work that counts as none, milliseconds: after months a double tells no less than a millionth apart.
+const INSTANT: f64 = 1e-3;
 
 /// How long jobs think in each of their rounds.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,5 +1,7 @@
 //! Means between changes.
 
+use std::collections::HashMap;
+
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use thalweg_protocol::JobKey;
 
@@ -11,8 +13,8 @@ use crate::{
 
 /// Rounds after which a job's rhythm is known.
 const LEARNED_AFTER: f64 = 2.0;
-/// Change that counts as none, for what is reckoned in floating point: milliseconds.
-const INSTANT: f64 = 1e-6;
+/// Time that counts as none, milliseconds: after months of them a double tells no less than a millionth apart.
+const INSTANT: f64 = 1e-3;
 
 /// Where a simulation stood at some moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +64,7 @@ pub fn fluid(
         look_at: start,
         settled_at: f64::INFINITY,
         ended: 0,
+        known: HashMap::new(),
     };
     if let Some(state) = from {
         state.jobs.iter().for_each(|(index, left)| fluid.enter(*index, Some(*left)));
@@ -84,6 +87,8 @@ struct Fluid<'a> {
     /// From when on it would see the same for ever.
     settled_at: f64,
     ended: usize,
+    /// Periods of those who are there, by the number of invokers: policies come back to the same numbers.
+    known: HashMap<usize, Vec<f64>>,
 }
 
 impl Fluid<'_> {
@@ -184,16 +189,20 @@ impl Fluid<'_> {
 
     /// Who is there has changed.
     fn changed(&mut self) {
+        self.known.clear();
         self.periods();
         self.stir();
     }
 
     fn periods(&mut self) {
-        let invokers = demand::effective(self.pool.ready(), usize::from(self.pool.constants.partitions));
-        let loads: Vec<_> = self.active.iter().map(|job| job.load).collect();
-        let periods =
-            demand::periods(&loads, 0.0, invokers).unwrap_or_else(|| vec![f64::INFINITY; loads.len()]);
-        self.active.iter_mut().zip(periods).for_each(|(job, period)| job.period = period);
+        let (ready, active) = (self.pool.ready(), &self.active);
+        let partitions = usize::from(self.pool.constants.partitions);
+        let periods = self.known.entry(ready).or_insert_with(|| {
+            let loads: Vec<_> = active.iter().map(|job| job.load).collect();
+            let invokers = demand::effective(ready, partitions);
+            demand::periods(&loads, 0.0, invokers).unwrap_or_else(|| vec![f64::INFINITY; loads.len()])
+        });
+        self.active.iter_mut().zip(periods).for_each(|(job, period)| job.period = *period);
     }
 
     /// The policy has something new to see.
@@ -225,7 +234,8 @@ impl Fluid<'_> {
             };
             busy += if stalled { 0.0 } else { job.load.work / job.period };
             let known = job.rounds - job.rounds_left >= LEARNED_AFTER;
-            if known && !stalled {
+            // Those that follow the moment do not look at jobs.
+            if known && !stalled && !chance {
                 let period_ms = job.period * 1000.0;
                 let demand = Demand {
                     round_bytes,
@@ -255,7 +265,8 @@ impl Fluid<'_> {
         let (changed, _) = self.pool.look(sample, self.now);
         self.look_at = self.now + self.pool.policy().look_every_ms(self.pool.config) as f64;
         if changed {
-            self.changed();
+            self.periods();
+            self.stir();
             self.look_at = self.now + self.pool.policy().look_every_ms(self.pool.config) as f64;
         }
     }

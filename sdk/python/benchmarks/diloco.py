@@ -74,21 +74,22 @@ def plot(runs: list[dict[str, Any]], rates: dict[str, float], file: str) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="a Python with PyTorch")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--diloco-rates", type=float, nargs="+", help="of DiLoCo; the same where not given")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", help="file for the curves (.png, .svg)")
     arguments = parser.parse_args()
     runs = []
     with thalweg.up():
-        for rate in arguments.rates:
-            for seed in range(arguments.seeds):
-                for mode in ("synchronous", "diloco"):
+        for mode, rates in (("diloco", arguments.diloco_rates or arguments.rates), ("synchronous", arguments.rates)):
+            for rate in rates:
+                for seed in range(arguments.seeds):
                     runs.append(run(arguments, mode, rate, seed))
                     print(json.dumps(runs[-1]), flush=True)
     (rate, loss), (base_rate, base) = best(runs, "diloco"), best(runs, "synchronous")

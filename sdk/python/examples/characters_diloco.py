@@ -1,4 +1,4 @@
-"""A small transformer learns this repository's documents by characters, with DiLoCo: workers meet every 50 steps.
+"""A small transformer learns Python's own help texts by characters, with DiLoCo: workers meet every 50 steps.
 
     python -m thalweg up                                       # in another terminal
     RANK=0 WORLD_SIZE=2 python examples/characters_diloco.py & RANK=1 WORLD_SIZE=2 python examples/characters_diloco.py
@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import math
-from pathlib import Path
+import pydoc_data.topics
 
 import numpy
 import torch
@@ -23,15 +23,14 @@ from torch import nn
 
 import thalweg.torch
 
-ROOT = Path(__file__).resolve().parents[3]
 #: Characters of the text that a worker sees at once.
 CONTEXT = 64
 
 
 def load() -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The documents as numbers, to train with and to validate with (the last tenth of each), and how many characters
-    there are."""
-    texts = [file.read_text() for file in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+    """The texts of ``help()``, which every CPython ships, as numbers: to train with and to validate with (the last tenth
+    of each), and how many characters there are."""
+    texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     alphabet = {character: index for index, character in enumerate(sorted(set("".join(texts))))}
     coded = [torch.tensor([alphabet[character] for character in text]) for text in texts]
     cuts = [len(text) * 9 // 10 for text in texts]
@@ -89,13 +88,21 @@ def validation(model: nn.Module, text: torch.Tensor) -> float:
         return float(sum(loss_of(model, text, part) * len(part) for part in numpy.array_split(starts, 16)) / len(starts))
 
 
+def rate(highest: float, step: int, steps: int) -> float:
+    """Up in the first hundredth of the steps, then down along half a cosine to a twentieth."""
+    warm = min(1.0, step / max(1, steps // 100))
+    return highest * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=["diloco", "synchronous"], default="diloco")
     parser.add_argument("--every", type=int, default=50, help="steps between rounds of DiLoCo")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16, help="places in the text that a worker sees in a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--outer-lr", type=float, default=0.9)
+    parser.add_argument("--outer-momentum", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
@@ -110,7 +117,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.1)
     with contextlib.ExitStack() as stack:
         if arguments.mode == "diloco":
-            outer = thalweg.torch.DiLoCo(model, optimizer, sync_every=arguments.every)
+            settings = {"outer_lr": arguments.outer_lr, "outer_momentum": arguments.outer_momentum}
+            outer = thalweg.torch.DiLoCo(model, optimizer, sync_every=arguments.every, **settings)
             job = stack.enter_context(outer).job
         else:
             optimizer = thalweg.torch.DistributedOptimizer(optimizer, model.named_parameters())
@@ -118,6 +126,8 @@ def main() -> None:
         for step in range(1, arguments.steps + 1):
             # Every worker's own, in any mode the same.
             random = numpy.random.default_rng([arguments.seed, rank, step])
+            for group in optimizer.param_groups:
+                group["lr"] = rate(arguments.lr, step, arguments.steps)
             optimizer.zero_grad()
             loss_of(model, train, random.integers(0, len(train) - CONTEXT - 1, arguments.batch)).backward()
             optimizer.step()

@@ -29,7 +29,7 @@ use read::Trace;
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// CSV: a cluster trace (timestamp, duration, num_gpus), iterations of one job (worker, time, batch_time_norm), or
-    /// what `thalweg record` wrote
+    /// jobs (start_s, duration_s, workers, round_bytes, think_s)
     #[arg(long)]
     trace: PathBuf,
     /// Policies to compare; those other than thalweg are fitted to the first part of the trace
@@ -47,8 +47,8 @@ pub struct Args {
     /// Jobs that a file of iterations stands for
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
     copies: u32,
-    /// Windows that are played round by round beside the means, to compare
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    /// Windows that are played round by round beside the means, to compare; each takes a while
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
     windows: u32,
     /// Their length, seconds
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(10..=86_400))]
@@ -120,6 +120,8 @@ const COARSE_TICK_MS: u64 = 2000;
 const MOST: u16 = 1024;
 /// Part of the trace that others are fitted to, seconds.
 const FITTED_TO_S: f64 = 14.0 * 86_400.0;
+/// Multiple of the trace's length after which nothing is waited for any more.
+const PATIENCE: f64 = 1.5;
 /// Variation of think times in the windows that are played round by round.
 const VARIATION: f64 = 0.1;
 
@@ -323,9 +325,11 @@ impl Setting<'_> {
         let bar = bar(jobs.len(), what);
         let config = self.coarse();
         let inputs = (&config, &self.constants, self.seed);
-        let (score, _) = fluid(jobs, policy, inputs, (None, f64::INFINITY), &[], &mut |ended| {
-            bar.set_position(ended as u64);
-        });
+        // A parameter that starves the jobs need not be followed to its end, which may be years away.
+        let last = jobs.iter().map(|job| job.start_s + job.duration_s).fold(0.0, f64::max);
+        let until = last * 1000.0 * PATIENCE;
+        let (score, _) =
+            fluid(jobs, policy, inputs, (None, until), &[], &mut |ended| bar.set_position(ended as u64));
         bar.finish_and_clear();
         score
     }

@@ -35,7 +35,7 @@ struct Iteration {
     batch_time_norm: f64,
 }
 
-/// What `thalweg record` writes.
+/// Jobs of which everything is known.
 #[derive(Debug, Deserialize)]
 struct Recorded {
     start_s: f64,
@@ -69,7 +69,7 @@ pub(super) fn read(file: &Path, profiles: &Profiles, options: Options) -> anyhow
     } else {
         bail!(
             "{}: its columns are {}; known are traces with timestamp, duration and num_gpus, iterations with worker, \
-             time and batch_time_norm, and what `thalweg record` writes",
+             time and batch_time_norm, and jobs with start_s, duration_s, workers, round_bytes and think_s",
             file.display(),
             headers.join(", ")
         )
