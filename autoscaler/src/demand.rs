@@ -100,10 +100,6 @@ fn of_many(stations: &[(f64, f64, f64)]) -> Vec<f64> {
         } else {
             high = middle;
         }
-        // The two may be neighbours already.
-        if middle <= low && middle >= high {
-            break;
-        }
     }
     stations.iter().map(|each| residence(*each, high)).collect()
 }

@@ -170,30 +170,49 @@ impl Outlook {
         outlook
     }
 
-    /// Invokers for it, with this share of the limits and of the target utilisation; and whether the jobs' limits asked
-    /// for them.
-    fn need(
-        &self,
-        history: &History,
-        latest: &Sample,
-        config: &Config,
-        limits: f64,
-        tolerated: f64,
-    ) -> (usize, bool) {
+    /// Invokers for it, with this share of the limits and of the target utilisation.
+    fn need(&self, view: View<'_>, limits: f64, tolerated: f64) -> usize {
+        let held = self.held(&self.hot, view, limits, tolerated);
+        let (_, most) = view.config.bounds(view.history.partitions());
+        let least = usize::from(view.latest.messages > 0 || !self.hot.is_empty());
+        self.hurried(view, tolerated).max(held).clamp(least, most)
+    }
+
+    /// What other load and its backlog ask for. Not wider than the messages are spread; the conversion saturates, and
+    /// what is not a number becomes 0.
+    fn hurried(&self, view: View<'_>, tolerated: f64) -> usize {
+        let hurried = f64::max(self.open / view.utilisation(tolerated), self.urgent / tolerated);
+        (hurried.ceil() as usize).min(view.latest.active_partitions.max(1))
+    }
+
+    /// What holds the limits of these jobs beside the other load.
+    fn held(&self, jobs: &[Load], view: View<'_>, limits: f64, tolerated: f64) -> usize {
+        let View { history, config, .. } = view;
         let (_, most) = config.bounds(history.partitions());
-        let utilisation = (config.target_utilisation * tolerated).min(1.0);
-        // Not wider than the messages are spread; the conversion saturates, and what is not a number becomes 0.
-        let urgent = f64::max(self.open / utilisation, self.urgent / tolerated);
-        let urgent = (urgent.ceil() as usize).min(latest.active_partitions.max(1));
-        let partitions = usize::from(history.partitions());
-        let limit = config.slowdown_limit * limits;
+        let utilisation = view.utilisation(tolerated);
         let open = self.open.min(utilisation * most as f64);
-        let held = demand::fewest(&self.hot, open, limit, utilisation, partitions, most);
-        // Where other load alone asks for them it is not a limit that does.
-        let without = demand::fewest(&[], open, limit, utilisation, partitions, most);
-        let by_limit = held > urgent.max(without);
-        let least = usize::from(latest.messages > 0 || !self.hot.is_empty());
-        (urgent.max(held).clamp(least, most), by_limit)
+        let partitions = usize::from(history.partitions());
+        demand::fewest(jobs, open, config.slowdown_limit * limits, utilisation, partitions, most)
+    }
+
+    /// Whether it is a job's limit that what there is does not hold, not other load alone.
+    fn breaks_a_limit(&self, view: View<'_>) -> bool {
+        let held = |jobs: &[Load]| self.held(jobs, view, 1.0, TOLERATED_UTILISATION);
+        held(&self.hot) > self.hurried(view, TOLERATED_UTILISATION).max(held(&[]))
+    }
+}
+
+/// What a decision is made from.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    history: &'a History,
+    latest: &'a Sample,
+    config: &'a Config,
+}
+
+impl View<'_> {
+    fn utilisation(self, tolerated: f64) -> f64 {
+        (self.config.target_utilisation * tolerated).min(1.0)
     }
 }
 
@@ -230,8 +249,9 @@ impl Policy for Elastic {
                 return Decision { target: fewest, reason: bounds(fewest, current) };
             }
         }
-        let (chosen, _) = outlook.need(history, latest, config, CHOSEN_FOR, 1.0);
-        let (kept, by_limit) = outlook.need(history, latest, config, 1.0, TOLERATED_UTILISATION);
+        let view = View { history, latest, config };
+        let chosen = outlook.need(view, CHOSEN_FOR, 1.0);
+        let kept = outlook.need(view, 1.0, TOLERATED_UTILISATION);
         self.remember(history, Wanted { at: latest.at, chosen: chosen.max(kept), kept }, config);
         let bounded = current.clamp(fewest, most);
         if let Some(reverted) = self.revert(&outlook, bounded, now, config) {
@@ -239,7 +259,7 @@ impl Policy for Elastic {
         }
         let grown = self.grown_to(bounded, latest.serving, config).clamp(fewest, most);
         if grown > bounded {
-            return self.grow(history, latest, (current, bounded, grown), by_limit, now);
+            return self.grow(view, &outlook, (current, bounded, grown), now);
         }
         if latest.at >= history.continuous_since() + config.shrink_window_ms {
             let floor = self.floor.filter(|floor| now < floor.until).map_or(0, |floor| floor.invokers);
@@ -307,12 +327,12 @@ impl Elastic {
 
     fn grow(
         &mut self,
-        history: &History,
-        latest: &Sample,
+        view: View<'_>,
+        outlook: &Outlook,
         (current, from, to): (usize, usize, usize),
-        by_limit: bool,
         now: Millis,
     ) -> Decision {
+        let View { history, latest, .. } = view;
         let messages_per_s = history.flow(FLOW_MS).map_or(0.0, |(seconds, _, left)| left / seconds);
         if let Some(grown) = self.grown
             && now >= grown.at + EFFECT_MS
@@ -333,7 +353,7 @@ impl Elastic {
         let reason = match current {
             0 if latest.messages == 0 => Reason::Prewarm,
             0 => Reason::FirstWork,
-            _ if by_limit => Reason::Slowdown,
+            _ if outlook.breaks_a_limit(view) => Reason::Slowdown,
             _ => Reason::Backlog,
         };
         self.last_growth = Some(now);

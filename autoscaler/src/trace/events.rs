@@ -3,13 +3,11 @@
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use thalweg_protocol::{JobKey, JobLoad};
 
-use super::{Constants, Score, State, TraceJob, pool::Pool};
-use crate::{Config, Millis, Policy, Sample, demand, demand::Load};
+use super::{Constants, INSTANT, Score, State, TraceJob, key, pool::Pool};
+use crate::{Config, Millis, Policy, demand, demand::Load};
 
 /// Time between the heartbeats that the policy learns from, milliseconds.
 const BEAT_MS: f64 = 500.0;
-/// Time or work that counts as none, milliseconds: after months a double tells no less than a millionth apart.
-const INSTANT: f64 = 1e-3;
 
 /// How long jobs think in each of their rounds.
 #[derive(Clone, Debug, PartialEq)]
@@ -133,15 +131,13 @@ impl Events<'_> {
     fn enter(&mut self, index: usize, left: Option<f64>) {
         let job = &self.jobs[index];
         let load = job.load(self.pool.constants);
-        let name = format!("j{index}").parse().expect("a letter and digits");
-        let key = JobKey { tenant: "trace".parse().expect("letters"), job: name };
         // Somewhere in its round, so that jobs which were under way do not begin together.
         let thought = if left.is_some() { load.think * self.rng.random::<f64>() } else { load.think };
         self.active.push(Active {
             index,
-            key,
+            key: key(index),
             load,
-            rounds_left: left.unwrap_or_else(|| (job.duration_s / load.alone()).max(1.0)).ceil(),
+            rounds_left: left.unwrap_or_else(|| job.rounds(&load)).ceil(),
             doing: Doing::Thinking { until: self.now + thought * 1000.0 },
             // Far from zero, which stands for none.
             round: 1,
@@ -176,7 +172,7 @@ impl Events<'_> {
                 let done = (rate * time).min(*left);
                 *left -= done;
                 self.busy += done;
-                job.told.1 += done / 1000.0 * self.pool.constants.service_bytes_per_s;
+                job.told.1 += self.pool.constants.bytes(done / 1000.0);
             }
         }
         self.now = to;
@@ -185,13 +181,12 @@ impl Events<'_> {
 
     /// Those whose thinking or aggregating is over go on.
     fn turn(&mut self) {
-        let now = self.now;
+        let (now, constants) = (self.now, self.pool.constants);
         let mut gone = Vec::new();
         for (place, job) in self.active.iter_mut().enumerate() {
             match job.doing {
                 Doing::Thinking { until } if until <= now + INSTANT => {
-                    self.arrived += job.load.work * self.pool.constants.service_bytes_per_s
-                        / self.pool.constants.message_bytes;
+                    self.arrived += constants.messages(constants.bytes(job.load.work));
                     job.doing = Doing::Aggregating { left: job.load.work * 1000.0, since: now };
                 }
                 Doing::Aggregating { left, since } if left <= INSTANT => {
@@ -256,24 +251,11 @@ impl Events<'_> {
     }
 
     fn look(&mut self) {
-        let constants = *self.pool.constants;
         let left = |job: &Active| if let Doing::Aggregating { left, .. } = job.doing { left } else { 0.0 };
-        let bytes = self.active.iter().map(left).sum::<f64>() / 1000.0 * constants.service_bytes_per_s;
+        let bytes = self.pool.constants.bytes(self.active.iter().map(left).sum::<f64>() / 1000.0);
         let busy = std::mem::take(&mut self.busy) / (self.now - self.looked).max(1.0);
         self.looked = self.now;
-        let sample = Sample {
-            at: self.now as Millis,
-            messages: (bytes / constants.message_bytes).ceil() as u64,
-            bytes: bytes as u64,
-            arrived: self.arrived as u64,
-            active_partitions: usize::from(constants.partitions),
-            waiting_for_round: 0.0,
-            busy,
-            service_bytes_per_s: constants.service_bytes_per_s,
-            serving: self.pool.ready(),
-            start_delay_ms: constants.start_delay_ms as f64,
-        };
-        self.pool.look(sample, self.now);
+        self.pool.look(self.now, bytes, self.arrived, busy);
     }
 }
 

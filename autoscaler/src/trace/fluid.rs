@@ -5,16 +5,14 @@ use std::collections::HashMap;
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use thalweg_protocol::JobKey;
 
-use super::{Constants, Score, TraceJob, pool::Pool};
+use super::{Constants, INSTANT, Score, TraceJob, key, pool::Pool};
 use crate::{
-    Config, Demand, Millis, Policy, Sample,
+    Config, Demand, Millis, Policy,
     demand::{self, Load},
 };
 
 /// Rounds after which a job's rhythm is known.
 const LEARNED_AFTER: f64 = 2.0;
-/// Time that counts as none, milliseconds: after months of them a double tells no less than a millionth apart.
-const INSTANT: f64 = 1e-3;
 
 /// Where a simulation stood at some moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -140,10 +138,8 @@ impl Fluid<'_> {
     fn enter(&mut self, index: usize, left: Option<f64>) {
         let job = &self.jobs[index];
         let load = job.load(self.pool.constants);
-        let rounds = left.unwrap_or_else(|| (job.duration_s / load.alone()).max(1.0));
-        let name = format!("j{index}").parse().expect("a letter and digits");
-        let key = JobKey { tenant: "trace".parse().expect("letters"), job: name };
-        let (began, rounds_left, period) = (self.now, rounds, f64::INFINITY);
+        let rounds = left.unwrap_or_else(|| job.rounds(&load));
+        let (key, began, rounds_left, period) = (key(index), self.now, rounds, f64::INFINITY);
         self.active.push(Active { index, key, load, rounds, rounds_left, began, period });
     }
 
@@ -170,12 +166,11 @@ impl Fluid<'_> {
     }
 
     fn pass(&mut self, to: f64) {
-        let seconds = (to - self.now) / 1000.0;
+        let (seconds, constants) = ((to - self.now) / 1000.0, self.pool.constants);
         for job in &mut self.active {
             let rounds = (seconds / job.period).min(job.rounds_left);
             job.rounds_left -= rounds;
-            self.arrived += rounds * job.load.work * self.pool.constants.service_bytes_per_s
-                / self.pool.constants.message_bytes;
+            self.arrived += constants.messages(constants.bytes(rounds * job.load.work));
             if rounds > 0.0 {
                 self.pool.score.rounds(job.period / job.load.alone(), rounds);
             }
@@ -223,7 +218,7 @@ impl Fluid<'_> {
         let chance = self.pool.policy().settles_ms(self.pool.config).is_none();
         let (mut bytes, mut busy) = (0.0, 0.0);
         for job in &self.active {
-            let round_bytes = job.load.work * constants.service_bytes_per_s;
+            let round_bytes = constants.bytes(job.load.work);
             let stalled = job.period.is_infinite();
             let aggregating = if stalled { 1.0 } else { 1.0 - job.load.think / job.period };
             bytes += match (stalled, chance) {
@@ -250,24 +245,11 @@ impl Fluid<'_> {
                 self.pool.history.jobs_mut().set(job.key.clone(), demand);
             }
         }
-        let sample = Sample {
-            at,
-            messages: (bytes / constants.message_bytes).ceil() as u64,
-            bytes: bytes as u64,
-            arrived: self.arrived as u64,
-            active_partitions: usize::from(constants.partitions),
-            waiting_for_round: 0.0,
-            busy,
-            service_bytes_per_s: constants.service_bytes_per_s,
-            serving: self.pool.ready(),
-            start_delay_ms: constants.start_delay_ms as f64,
-        };
-        let (changed, _) = self.pool.look(sample, self.now);
+        let changed = self.pool.look(self.now, bytes, self.arrived, busy);
         self.look_at = self.now + self.pool.policy().look_every_ms(self.pool.config) as f64;
         if changed {
             self.periods();
             self.stir();
-            self.look_at = self.now + self.pool.policy().look_every_ms(self.pool.config) as f64;
         }
     }
 }

@@ -13,7 +13,12 @@ pub use events::{Rounds, Thinking, events};
 pub use fluid::{State, fluid};
 pub use score::{Score, Timeline};
 
+use thalweg_protocol::JobKey;
+
 use crate::demand::Load;
+
+/// Time or work that counts as none, milliseconds: after months a double tells no less than a millionth apart.
+const INSTANT: f64 = 1e-3;
 
 /// A job of a trace.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +47,11 @@ impl TraceJob {
         }
     }
 
+    /// Rounds that it trains for, at least one.
+    fn rounds(&self, load: &Load) -> f64 {
+        (self.duration_s / load.alone()).max(1.0)
+    }
+
     /// Fewest servers of its own with which it loses no more than `limit` against those that it requested.
     #[must_use]
     pub fn fewest_servers(&self, limit: f64, constants: &Constants) -> f64 {
@@ -49,6 +59,12 @@ impl TraceJob {
         let most = load.alone() * (1.0 + limit) - load.think;
         (load.work / most.max(f64::MIN_POSITIVE)).ceil().clamp(1.0, self.servers.max(1.0))
     }
+}
+
+/// What the policy calls the job at this place in the trace.
+fn key(index: usize) -> JobKey {
+    let job = format!("j{index}").parse().expect("a letter and digits");
+    JobKey { tenant: "trace".parse().expect("letters"), job }
 }
 
 /// What was measured of the system that is simulated.
@@ -64,6 +80,18 @@ pub struct Constants {
     pub message_bytes: f64,
     /// Partitions: no more invokers than that.
     pub partitions: u16,
+}
+
+impl Constants {
+    /// Bytes of contributions in so many invoker-seconds of work.
+    fn bytes(&self, work: f64) -> f64 {
+        work * self.service_bytes_per_s
+    }
+
+    /// Messages of those bytes.
+    fn messages(&self, bytes: f64) -> f64 {
+        bytes / self.message_bytes
+    }
 }
 
 #[cfg(test)]

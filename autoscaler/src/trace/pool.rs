@@ -1,7 +1,7 @@
 //! The invokers of a simulated pool: on their way, there, and on their way out.
 
 use super::{Constants, Score};
-use crate::{Config, History, Millis, Policy, Reason, Sample};
+use crate::{Config, History, Millis, Policy, Sample};
 
 /// Starts and stops what the policy says.
 pub(super) struct Pool<'a> {
@@ -70,14 +70,27 @@ impl<'a> Pool<'a> {
         self.ready != before
     }
 
-    /// Shows the policy what there is and does what it says. Returns whether the target has changed.
-    pub(super) fn look(&mut self, sample: Sample, at: f64) -> (bool, Reason) {
-        let now = sample.at;
+    /// Shows the policy the bytes in the queues, the messages that ever came and the invokers' worth of work that is being
+    /// done, and does what it says. Returns whether the target has changed.
+    pub(super) fn look(&mut self, at: f64, bytes: f64, arrived: f64, busy: f64) -> bool {
+        let (now, constants) = (at as Millis, self.constants);
+        let sample = Sample {
+            at: now,
+            messages: constants.messages(bytes).ceil() as u64,
+            bytes: bytes as u64,
+            arrived: arrived as u64,
+            active_partitions: usize::from(constants.partitions),
+            waiting_for_round: 0.0,
+            busy,
+            service_bytes_per_s: constants.service_bytes_per_s,
+            serving: self.ready,
+            start_delay_ms: constants.start_delay_ms as f64,
+        };
         self.history.record(sample, self.config);
         let decision = self.policy.decide(&self.history, now, self.config);
         let before = self.history.target();
         if decision.target == before {
-            return (false, decision.reason);
+            return false;
         }
         self.score.changed(at, before, decision.target);
         self.history.set_target(decision.target);
@@ -92,6 +105,6 @@ impl<'a> Pool<'a> {
             }
             self.stopping.push(at + self.constants.stop_delay_ms as f64);
         }
-        (true, decision.reason)
+        true
     }
 }

@@ -184,18 +184,8 @@ impl Bench<'_> {
         let bar = progress(args);
         bar.set_message("starting");
         for rank in 0..args.workers {
-            let worker = WorkerArgs {
-                url: url.clone(),
-                job: "bench".to_owned(),
-                pool: None,
-                stretch: 1.0,
-                irregular: None,
-                rank,
-                workers: args.workers,
-                gradient: self.gradient,
-                durability: args.durability,
-                function: args.function,
-            };
+            let (ranks, gradient) = ((rank, args.workers), self.gradient);
+            let worker = WorkerArgs::new(url.clone(), ranks, gradient, args.durability, args.function);
             self.crew.hire(&worker.command_line())?;
         }
         self.crew.hear()?;

@@ -108,18 +108,11 @@ struct Outcome {
 
 fn measure(args: &Args, stack: &Stack, crew: &mut Crew) -> anyhow::Result<Outcome> {
     for rank in 0..args.workers {
-        let worker = WorkerArgs {
-            url: stack.url(),
-            job: "bench".to_owned(),
-            pool: None,
-            stretch: 1.0,
-            irregular: None,
-            rank,
-            workers: args.workers,
-            gradient: Gradient::Even { elements: args.mib << 18, tensor_elements: TENSOR_ELEMENTS },
-            durability: Durability::Process,
-            function: Function::Sum,
-        };
+        let (ranks, gradient) = (
+            (rank, args.workers),
+            Gradient::Even { elements: args.mib << 18, tensor_elements: TENSOR_ELEMENTS },
+        );
+        let worker = WorkerArgs::new(stack.url(), ranks, gradient, Durability::Process, Function::Sum);
         crew.hire(&worker.command_line())?;
     }
     crew.hear()?;

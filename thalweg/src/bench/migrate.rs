@@ -161,18 +161,9 @@ impl Bench<'_> {
 
     fn hire(&mut self) -> anyhow::Result<()> {
         for rank in 0..self.args.workers {
-            let worker = WorkerArgs {
-                url: self.stack.url(),
-                job: "bench".to_owned(),
-                pool: None,
-                stretch: 1.0,
-                irregular: None,
-                rank,
-                workers: self.args.workers,
-                gradient: self.gradient,
-                durability: Durability::Process,
-                function: self.args.function,
-            };
+            let (ranks, gradient) = ((rank, self.args.workers), self.gradient);
+            let worker =
+                WorkerArgs::new(self.stack.url(), ranks, gradient, Durability::Process, self.args.function);
             self.crew.hire(&worker.command_line())?;
         }
         self.crew.hear().map(drop)

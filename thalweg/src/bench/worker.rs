@@ -56,6 +56,18 @@ pub(super) struct Part {
 }
 
 impl WorkerArgs {
+    /// Worker `rank` of a job called `bench` in the shared pool.
+    pub(super) fn new(
+        url: String,
+        (rank, workers): (u32, u32),
+        gradient: Gradient,
+        durability: Durability,
+        function: Function,
+    ) -> Self {
+        let (job, stretch) = ("bench".to_owned(), 1.0);
+        Self { url, job, rank, workers, pool: None, gradient, stretch, irregular: None, durability, function }
+    }
+
     /// The command line of such a process.
     pub(super) fn command_line(&self) -> Vec<String> {
         let flags = [

@@ -187,7 +187,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let work: f64 = trace
         .jobs
         .iter()
-        .map(|job| job.duration_s / job.load(&setting.constants).alone() * job.load(&setting.constants).work)
+        .map(|job| (job.duration_s, job.load(&setting.constants)))
+        .map(|(duration, load)| duration / load.alone() * load.work)
         .sum();
     let line = json!({
         "policies": policies,
@@ -354,7 +355,7 @@ impl Setting<'_> {
         at.sort_by(f64::total_cmp);
         let (_, states) = fluid(jobs, &mut Elastic::default(), inputs, (None, span + 1.0), &at, &mut |_| {});
         let length = f64::from(args.window_s) * 1000.0;
-        let (mut seconds, mut ratios, mut worst, mut played) = (0.0_f64, 0.0_f64, (0.0_f64, 0.0_f64), 0);
+        let (mut worst, mut played) = ((0.0_f64, 0.0_f64), 0);
         let mut sums = (0.0, 0.0, 0.0, 0.0);
         let bar = bar(states.len(), "round by round ");
         for state in states.iter().filter(|state| !state.jobs.is_empty()) {
@@ -370,7 +371,7 @@ impl Setting<'_> {
                 off(means.ratio_mean(), rounds.ratio_mean()),
             );
             worst = (worst.0.max(cost), worst.1.max(ratio));
-            (seconds, ratios, played) = (seconds + cost, ratios + ratio, played + 1);
+            played += 1;
             sums = (
                 sums.0 + means.invoker_seconds,
                 sums.1 + rounds.invoker_seconds,
