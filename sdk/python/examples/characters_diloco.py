@@ -3,9 +3,10 @@
     python -m thalweg up                                       # in another terminal
     RANK=0 WORLD_SIZE=2 python examples/characters_diloco.py & RANK=1 WORLD_SIZE=2 python examples/characters_diloco.py
 
-`--mode synchronous` averages gradients in every step instead. Rank 0 prints a line of JSON every 50 steps (steps, tokens
-that all workers have seen, validation loss in nats per character), and at the end also the bytes that it has sent
-and received for its rounds. The default model has about 1 million parameters; `--width 64 --layers 2` is quick.
+`--mode synchronous` averages gradients in every step instead, `--mode alone` does what those workers do in one process and
+without the service. Rank 0 prints a line of JSON every `--validate` steps (steps,
+tokens that all workers have seen, validation loss in nats per character), and at the end also the bytes that it has
+sent and received for its rounds. The default model has about 1 million parameters; `--width 64 --layers 2` is quick.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ def rate(highest: float, step: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["diloco", "synchronous"], default="diloco")
+    parser.add_argument("--mode", choices=["diloco", "synchronous", "alone"], default="diloco")
     parser.add_argument("--every", type=int, default=50, help="steps between rounds of DiLoCo")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--validate", type=int, default=50, help="steps between validations")
     parser.add_argument("--batch", type=int, default=16, help="places in the text that a worker sees in a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--outer-lr", type=float, default=0.9)
@@ -111,32 +113,40 @@ def main() -> None:
     rank, workers = from_environment()
     train, validate, characters = load()
 
-    thalweg.init()
+    alone = arguments.mode == "alone"
+    if not alone:
+        thalweg.init()
     torch.manual_seed(arguments.seed)
     model = Characters(characters, arguments.width, arguments.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.1)
+    job = None
     with contextlib.ExitStack() as stack:
         if arguments.mode == "diloco":
             settings = {"outer_lr": arguments.outer_lr, "outer_momentum": arguments.outer_momentum}
             outer = thalweg.torch.DiLoCo(model, optimizer, sync_every=arguments.every, **settings)
             job = stack.enter_context(outer).job
-        else:
+        elif not alone:
             optimizer = thalweg.torch.DistributedOptimizer(optimizer, model.named_parameters())
             job = optimizer.job
         for step in range(1, arguments.steps + 1):
             # Every worker's own, in any mode the same.
-            random = numpy.random.default_rng([arguments.seed, rank, step])
+            draws = [
+                numpy.random.default_rng([arguments.seed, worker, step])
+                for worker in (range(workers) if alone else [rank])
+            ]
+            starts = [random.integers(0, len(train) - CONTEXT - 1, arguments.batch) for random in draws]
             for group in optimizer.param_groups:
                 group["lr"] = rate(arguments.lr, step, arguments.steps)
             optimizer.zero_grad()
-            loss_of(model, train, random.integers(0, len(train) - CONTEXT - 1, arguments.batch)).backward()
+            loss_of(model, train, numpy.concatenate(starts)).backward()
             optimizer.step()
-            if rank == 0 and step % 50 == 0:
+            if rank == 0 and step % arguments.validate == 0:
                 seen = {"steps": step, "tokens": step * workers * arguments.batch * CONTEXT}
                 print(json.dumps({**seen, "loss": validation(model, validate)}), flush=True)
         if rank == 0:
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(json.dumps({"bytes": sum(job.traffic), "parameters": parameters}), flush=True)
+            traffic = sum(job.traffic) if job is not None else 0
+            print(json.dumps({"bytes": traffic, "parameters": parameters}), flush=True)
 
 
 if __name__ == "__main__":
