@@ -44,6 +44,14 @@ impl Beats {
         self.newest.get(id).map(|(_, beat)| beat)
     }
 
+    /// Waits for the last word of an invoker that has ended: that it held nothing any more.
+    async fn drained(&mut self, id: &str) {
+        eventually(&format!("{id} to have said that it is drained"), async || {
+            self.of(id).is_some_and(|last| last.state == InvokerState::Draining && last.partitions.is_empty())
+        })
+        .await;
+    }
+
     /// Waits until `id` has partitions and nothing ends meanwhile.
     async fn serving(&mut self, actuator: &mut dyn Actuator, id: &str) {
         eventually(&format!("{id} to beat and to be given partitions"), async || {
@@ -115,8 +123,7 @@ pub async fn conforms(actuator: &mut dyn Actuator, cluster: &Cluster, traits: Tr
     actuator.stop(&a).await;
     assert_eq!(reaped(actuator).await, [a.as_str()], "the one that was stopped has ended");
     actuator.stop(&a).await;
-    let last = beats.of(&a).expect("it beat");
-    assert!(last.state == InvokerState::Draining && last.partitions.is_empty(), "{a} drained: {last:?}");
+    beats.drained(&a).await;
     if traits.processes {
         assert!(processes_of(&a).is_empty(), "its process is gone");
     }
@@ -138,8 +145,7 @@ pub async fn conforms(actuator: &mut dyn Actuator, cluster: &Cluster, traits: Tr
     actuator.start(&c).await.expect("started");
     beats.serving(actuator, &c).await;
     actuator.stop_all().await;
-    let last = beats.of(&c).expect("it beat");
-    assert!(last.state == InvokerState::Draining && last.partitions.is_empty(), "{c} drained: {last:?}");
+    beats.drained(&c).await;
     let left: BTreeSet<_> = actuator.reap().await.into_iter().collect();
     assert!(left.is_subset(&[b.clone(), c.clone()].into()), "{left:?}");
     if traits.processes {
