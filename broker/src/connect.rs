@@ -2,16 +2,19 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use async_nats::{Client, ConnectOptions, Event, jetstream};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, jetstream};
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use crate::metrics;
 
 /// How to reach NATS.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NatsConfig {
-    /// Server URL; may carry user and password. Default `nats://127.0.0.1:4222`.
+    /// Server URL; may carry user and password, or a token: `nats://user:password@host`, `nats://token@host`. Default `nats://127.0.0.1:4222`.
     pub url: String,
     /// Credentials file (JWT and nkey seed), if the server asks for one.
     pub credentials: Option<PathBuf>,
@@ -73,9 +76,18 @@ impl Connection {
                     let notify = notify.clone();
                     async move {
                         match event {
-                            Event::Connected => notify.send_modify(|count| *count += 1),
-                            Event::Disconnected => tracing::warn!("connection to NATS lost; reconnecting"),
-                            Event::SlowConsumer(sid) => tracing::warn!(sid, "a subscription overflowed"),
+                            Event::Connected => {
+                                metrics::connected(true);
+                                notify.send_modify(|count| *count += 1);
+                            }
+                            Event::Disconnected => {
+                                metrics::connected(false);
+                                tracing::warn!("connection to NATS lost; reconnecting");
+                            }
+                            Event::SlowConsumer(sid) => {
+                                metrics::overflowed();
+                                tracing::warn!(sid, "a subscription overflowed");
+                            }
                             Event::ServerError(error) => tracing::warn!(%error, "NATS reports an error"),
                             other => tracing::debug!(event = %other, "NATS event"),
                         }
@@ -151,11 +163,25 @@ impl Connection {
 }
 
 fn options(config: &NatsConfig) -> std::io::Result<ConnectOptions> {
-    let Some(path) = &config.credentials else { return Ok(ConnectOptions::new()) };
+    let Some(path) = &config.credentials else {
+        return Ok(match in_url(&config.url) {
+            // The client reads a URL's host and port only.
+            Some((user, Some(password))) => ConnectOptions::with_user_and_password(user, password),
+            Some((token, None)) => ConnectOptions::with_token(token),
+            None => ConnectOptions::new(),
+        });
+    };
     let text = std::fs::read_to_string(path).map_err(|error| {
         std::io::Error::new(error.kind(), format!("NATS credentials {}: {error}", path.display()))
     })?;
     ConnectOptions::with_credentials(&text)
+}
+
+/// User and password of a URL, or its token, which stands there without a password.
+fn in_url(url: &str) -> Option<(String, Option<String>)> {
+    let address: ServerAddr = url.parse().ok()?;
+    let plain = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    Some((plain(address.username()?), address.password().map(plain)))
 }
 
 /// Whether a server's version is one that has what is used here. One that cannot be read is let pass: a
@@ -197,6 +223,15 @@ mod tests {
         for version in ["2.10.29", "2.9.10", "1.4.1"] {
             assert!(!is_recent(version), "{version}");
         }
+    }
+
+    #[test]
+    fn a_url_may_carry_who_connects() {
+        let of = |url: &str| in_url(url).map(|(user, password)| (user, password.unwrap_or_default()));
+        let expected = |user: &str, password: &str| Some((user.to_owned(), password.to_owned()));
+        assert_eq!(of("nats://me:se%40cret@host:4222"), expected("me", "se@cret"));
+        assert_eq!(of("nats://t0ken@host"), expected("t0ken", ""));
+        assert_eq!(of("nats://host:4222"), None);
     }
 
     #[test]

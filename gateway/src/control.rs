@@ -349,11 +349,14 @@ impl Jobs {
     /// As [`Self::delete`], of a job that is being deleted.
     pub(crate) async fn finish_deletion(&self, record: &JobRecord, revision: u64) -> Result<(), WireError> {
         let key = &record.spec.key;
-        let store = self.store(record);
-        store.delete(record.incarnation).await.map_err(store_error)?;
-        for replaced in &record.life.replaces {
-            // A restore that was cut short may not have come to it.
-            store.delete(*replaced).await.map_err(store_error)?;
+        // What was in a store that was given up is nobody's business any more.
+        if self.given_up(record).await?.is_none() {
+            let store = self.store(record);
+            store.delete(record.incarnation).await.map_err(store_error)?;
+            for replaced in &record.life.replaces {
+                // A restore that was cut short may not have come to it.
+                store.delete(*replaced).await.map_err(store_error)?;
+            }
         }
         loop {
             let (roster, revision) =

@@ -60,6 +60,12 @@ impl Jobs {
         (self.stores)(record.store)
     }
 
+    /// Where the store is that is in force, if it is not a job's own: then that one was given up, with the job's shards.
+    pub(crate) async fn given_up(&self, record: &JobRecord) -> Result<Option<String>, WireError> {
+        let (store, _) = self.registry.get::<StoreRecord>(STORE_KEY).await.map_err(unavailable)?;
+        Ok(store.filter(|store| store.id != record.store).map(|store| store.location))
+    }
+
     /// Reads a job and its roster.
     pub(crate) async fn get(&self, key: &JobKey) -> Result<(JobRecord, Roster), WireError> {
         let (record, _) = self.registry.get::<JobRecord>(&job_key(key)).await.map_err(unavailable)?;
@@ -119,6 +125,14 @@ impl Jobs {
                     return Err(WireError::new(ErrorCode::SpecMismatch, text));
                 }
                 Some(known) if known.state != JobState::Creating => {
+                    if let Some(location) = self.given_up(&known).await? {
+                        let text = format!(
+                            "the store with the shards of job {} was given up for another one ({location}): remove the \
+                             job (thalweg job rm), then begin it anew or restore a snapshot",
+                            spec.key
+                        );
+                        return Err(WireError::new(ErrorCode::StoreMismatch, text));
+                    }
                     let (record, roster) = self.get(&spec.key).await?;
                     return Ok((record, roster, created));
                 }

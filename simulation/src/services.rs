@@ -252,7 +252,8 @@ impl World {
         }
         let registry = self.remote(Actor::Store).registry();
         self.spawn(Actor::Store, async move {
-            let announced = announce(&registry, thalweg_protocol::StoreId([7; 16]), &Config::default()).await;
+            let announced =
+                announce(&registry, thalweg_protocol::StoreId([7; 16]), 0, &Config::default()).await;
             Done::Announced(announced.is_ok())
         });
         self.timer(FLUSH_MS, Actor::Store, Timer::Flush);
@@ -269,7 +270,7 @@ impl World {
                 self.spawn(Actor::Store, async move {
                     remote.sleep(50).await;
                     let id = thalweg_protocol::StoreId([7; 16]);
-                    Done::Announced(announce(&registry, id, &Config::default()).await.is_ok())
+                    Done::Announced(announce(&registry, id, 0, &Config::default()).await.is_ok())
                 });
             }
         }

@@ -53,12 +53,19 @@ impl Config {
     }
 }
 
-/// Registers the store's identity, or finds that another store is the one in force (rule P26).
+/// Registers the store's identity, or finds that another store is the one in force (rule P26). `jobs` is how many it holds.
 ///
 /// # Errors
-/// [`ErrorCode::StoreMismatch`] when the registry names another data directory and `replace` is off;
+/// [`ErrorCode::StoreMismatch`] when the registry names another data directory and `replace` is off; the same when it names
+/// none though this one holds jobs: then the registry has been lost, and whoever opened a job of that name would begin it
+/// anew without a word.
 /// [`ErrorCode::WireVersion`] when another release wrote what it says; `Unavailable` when the registry does not answer.
-pub async fn announce(registry: &Registry, id: StoreId, config: &Config) -> Result<(), StoreError> {
+pub async fn announce(
+    registry: &Registry,
+    id: StoreId,
+    jobs: usize,
+    config: &Config,
+) -> Result<(), StoreError> {
     let unavailable = |error: RegistryError| match error {
         RegistryError::Unavailable(_) => StoreError::Unavailable(error.to_string()),
         RegistryError::Unreadable { .. } => StoreError::Refused(error.to_wire()),
@@ -74,6 +81,15 @@ pub async fn announce(registry: &Registry, id: StoreId, config: &Config) -> Resu
                      that directory, or pass --replace to give its jobs up",
                     known.id,
                     known.location,
+                    location.display()
+                );
+                return Err(StoreError::refused(ErrorCode::StoreMismatch, text));
+            }
+            None if jobs > 0 && !config.replace => {
+                let text = format!(
+                    "the registry knows no store, and this one ({}) holds {jobs} jobs: the NATS server has lost what it \
+                     kept (a volume that is not mounted?). Bring that back, and all goes on; or pass --replace to give \
+                     those jobs up: they can then begin anew, and their files are left in that directory",
                     location.display()
                 );
                 return Err(StoreError::refused(ErrorCode::StoreMismatch, text));
@@ -104,7 +120,7 @@ pub async fn run(
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
     loop {
         let announced = match Registry::open(&connection.jetstream).await {
-            Ok(registry) => announce(&registry, store.id(), &config).await,
+            Ok(registry) => announce(&registry, store.id(), store.usage().jobs, &config).await,
             Err(error) => Err(StoreError::Unavailable(error.to_string())),
         };
         match announced {
@@ -140,6 +156,7 @@ pub async fn run(
         let message = tokio::select! {
             message = requests.next() => message,
             _ = health.tick() => {
+                metrics::unsynced(store.unsynced_bytes());
                 if store.has_failed() {
                     return Err(StoreError::Unavailable("the store's disk failed; see the log".to_owned()));
                 }
@@ -177,6 +194,7 @@ const ROOM_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Tells how much of the disk is free, and warns once when it becomes too little.
 fn look_for_room(store: &LocalStore, scarce: &mut bool) {
+    metrics::usage(store.usage());
     let Ok((free, reserve)) = store.room() else { return };
     metrics::free(free);
     if free < reserve && !*scarce {

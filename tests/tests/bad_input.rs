@@ -272,7 +272,7 @@ async fn a_store_in_the_place_of_another_refuses_and_says_what_to_do() {
     let connection = connect(service.service().url()).await;
     let registry = thalweg_broker::Registry::open(&connection.jetstream).await.expect("the registry");
     let config = thalweg_store::Config::default();
-    let error = thalweg_store::announce(&registry, thalweg_protocol::StoreId::random(), &config).await;
+    let error = thalweg_store::announce(&registry, thalweg_protocol::StoreId::random(), 0, &config).await;
     let error = error.expect_err("another store is registered");
     assert_eq!(error.code(), ErrorCode::StoreMismatch);
     assert!(error.to_string().contains("--replace"), "{error}");

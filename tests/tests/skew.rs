@@ -374,7 +374,7 @@ async fn components_that_start_over_another_version_say_so_and_wait_or_stop() {
     for other in OTHERS {
         let kept = rewrite(cluster.url(), thalweg_protocol::STORE_KEY, other).await;
         let id = thalweg_protocol::StoreId::random();
-        let error = thalweg_store::announce(&registry, id, &thalweg_store::Config::default()).await;
+        let error = thalweg_store::announce(&registry, id, 0, &thalweg_store::Config::default()).await;
         is_skew(&error.expect_err("another release").to_wire(), other);
         put_back(cluster.url(), thalweg_protocol::STORE_KEY, kept).await;
     }

@@ -104,6 +104,81 @@ async fn the_store_keeps_its_contract_over_nats_and_through_its_direct_door() {
     service.stop().await;
 }
 
+/// How a component ends that may not go on: its last word.
+async fn ends(directory: &Path, args: &[&str], url: &str) -> String {
+    let mut component = start(directory, args, url);
+    eventually(&format!("{args:?} to end"), async || matches!(component.0.try_wait(), Ok(Some(_)))).await;
+    let status = component.0.wait().expect("it has ended");
+    assert!(!status.success(), "{args:?}");
+    let log = std::fs::read_to_string(directory.join(format!("{}.log", args[0]))).expect("a log");
+    log.lines().last().unwrap_or_default().to_owned()
+}
+
+/// What a job that is opened says, once the gateway answers for it.
+async fn opened(client: &Client) -> Result<(), thalweg_sdk::Error> {
+    let job = training::job("kept", FunctionSpec::named("mean"), 1);
+    client.open(&job).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_without_its_data_is_no_reason_to_begin_anew() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = directory.path().join("store").display().to_string();
+    let args = ["store", "--data-dir", &data];
+    let mut broker = server(directory.path(), 0);
+    let url = broker.url();
+    let port = url.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).expect("a port");
+    let gateway = start(directory.path(), &["gateway"], &url);
+    let store = start(directory.path(), &args, &url);
+    let client = Client::connect(&url).await.expect("connected");
+    opened(&client).await.expect("created");
+    drop((store, gateway, client));
+    broker.kill().expect("killed");
+
+    let elsewhere = tempfile::tempdir().expect("a directory");
+    let empty = server(elsewhere.path(), port);
+    let said = ends(directory.path(), &args, &url).await;
+    assert!(said.contains("holds 1 jobs") && said.contains("--replace"), "{said}");
+    // What is missing comes back, and all goes on.
+    drop(empty);
+    let _broker = server(directory.path(), port);
+    let _gateway = start(directory.path(), &["gateway"], &url);
+    let _store = start(directory.path(), &args, &url);
+    let client = Client::connect(&url).await.expect("connected");
+    opened(&client).await.expect("it is there");
+    assert_eq!(client.jobs(None).await.expect("a list").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_of_a_store_that_was_given_up_say_so_and_can_be_removed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = directory.path().join("store").display().to_string();
+    let broker = server(directory.path(), 0);
+    let _gateway = start(directory.path(), &["gateway"], &broker.url());
+    let store = start(directory.path(), &["store", "--data-dir", &data], &broker.url());
+    let client = Client::connect(&broker.url()).await.expect("connected");
+    opened(&client).await.expect("created");
+    drop(store);
+
+    let other = directory.path().join("other").display().to_string();
+    let said = ends(directory.path(), &["store", "--data-dir", &other], &broker.url()).await;
+    assert!(said.contains("--replace"), "{said}");
+    let _store = start(directory.path(), &["store", "--data-dir", &other, "--replace"], &broker.url());
+    let mut said = String::new();
+    eventually("the job to say that its store is gone", async || {
+        said = opened(&client).await.err().map(|error| error.to_string()).unwrap_or_default();
+        !said.is_empty()
+    })
+    .await;
+    assert!(said.contains("given up") && said.contains("thalweg job rm"), "{said}");
+    let key = thalweg_sdk::JobKey {
+        tenant: "default".parse().expect("a name"),
+        job: "kept".parse().expect("a name"),
+    };
+    client.delete(&key).await.expect("removed");
+    opened(&client).await.expect("begun anew");
+}
+
 #[test]
 fn up_says_that_it_has_a_broker_of_its_own() {
     let output = Command::new(cluster::binary()).args(["up", "--nats-url", "nats://127.0.0.1:1"]).output();
