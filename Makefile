@@ -59,10 +59,10 @@ test: build-tested ## run all tests, with fail points, against nats-server 2.15.
 	$(MAKE) test-python
 
 .PHONY: deps
-deps: ## install what comes from the distribution (Debian, as root): PyTorch, and OpenBLAS, which makes it ten times faster
+deps: ## install what comes from the distribution (Debian, as root): PyTorch with OpenBLAS (ten times faster), Prometheus
 	apt-get update --quiet
 	DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends python3-torch python3-venv \
-		libopenblas0-pthread
+		libopenblas0-pthread prometheus
 
 $(PYTHON_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
 $(PYTHON_ENV)/.made: sdk/python/requirements.txt
@@ -89,7 +89,8 @@ test-python: python ## run the Python package's tests, and check its types and s
 	cd sdk/python/python && MYPYPATH=. ../../../$(PYTHON_ENV)/bin/python -m mypy.stubtest thalweg._native \
 		--mypy-config-file ../pyproject.toml
 	$(WITH_TEST_NATS) env -C sdk/python ../../$(PYTHON_ENV)/bin/python -m pytest --ignore tests/test_torch.py
-	$(PYTHON_ENV)/bin/python -m pytest deploy/kubernetes
+	$(WITH_TEST_NATS) $(PYTHON_ENV)/bin/python -m pytest -rs deploy/kubernetes deploy/compose/test_rules.py \
+		deploy/compose/test_metrics.py
 	@if $(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null; then $(MAKE) test-torch; else \
 	echo "SKIPPED: the tests of thalweg.torch, because $(SYSTEM_PYTHON) has no torch (make deps)"; \
 	test -z "$(REQUIRE_TORCH)"; fi

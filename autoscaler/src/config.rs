@@ -44,6 +44,9 @@ pub struct Config {
     /// Time throughout which more invokers must have been needed before there are more, milliseconds, up to
     /// one hour; the first invoker never waits for it. Default 0: at once.
     pub grow_window_ms: u64,
+    /// Shortest time from one change of the placement to an exchange of partitions between invokers that have more and
+    /// less than their share of the load, milliseconds. Default 30,000; 0: they are never exchanged.
+    pub exchange_pause_ms: u64,
     /// Silence after which an invoker is taken for dead, milliseconds, at least 1,000. It counts only
     /// while this autoscaler's observations succeed without a gap. Default 3,000.
     pub dead_after_ms: u64,
@@ -74,6 +77,7 @@ impl Default for Config {
             gap_pays_ms: 10_000,
             shrink_window_ms: 10_000,
             grow_window_ms: 0,
+            exchange_pause_ms: 30_000,
             dead_after_ms: 3000,
             start_timeout_ms: 10_000,
             drain_timeout_ms: 10_000,

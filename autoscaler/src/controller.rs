@@ -3,11 +3,14 @@
 use std::fmt;
 
 use thalweg_broker::PartitionDepth;
-use thalweg_protocol::{InvokerBeat, Partition, Placement};
+use thalweg_protocol::{InvokerBeat, Name, Partition, Placement};
 
 use crate::{
-    Config, DecisionRecord, Elastic, History, Millis, Policy as _, Reason, Sample, Status,
+    Config, DecisionRecord, Demand, Elastic, History, Millis, Policy as _, Reason, Sample, Status, exchange,
     fleet::{Fleet, Invoker, Phase, placed_on},
+    ledger::Ledger,
+    loads::Loads,
+    metrics::{self, Rhythm},
     place,
 };
 
@@ -19,6 +22,9 @@ const EARLY_END_MS: Millis = 2000;
 /// Pause before the next start after a failed one; doubles up to the longest.
 const START_PAUSE_MS: Millis = 100;
 const LONGEST_START_PAUSE_MS: Millis = 5000;
+
+/// Share of an invoker's service rate up to which it counts as hardly loaded: then nothing is exchanged.
+const HARDLY_LOADED: f64 = 0.2;
 
 /// Something to do.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +57,10 @@ pub struct Controller {
     placement: Placement,
     /// Since when the placement is not what it should be.
     unplaced_since: Option<Millis>,
+    /// When partitions changed their holders last.
+    placed_at: Millis,
+    loads: Loads,
+    ledger: Ledger,
     wake_at: Option<Millis>,
     /// As invokers measured it last; none before any has.
     measured_bytes_per_s: Option<f64>,
@@ -89,6 +99,9 @@ impl Controller {
             leading: false,
             placement: Placement::default(),
             unplaced_since: None,
+            placed_at: now,
+            loads: Loads::default(),
+            ledger: Ledger::default(),
             wake_at: None,
             failed_starts: 0,
             start_after: 0,
@@ -111,12 +124,16 @@ impl Controller {
     /// Takes a beat in. Returns whether [`Self::step`] should follow at once.
     pub fn beat(&mut self, beat: InvokerBeat, now: Millis) -> bool {
         self.history.learn(&beat.jobs, now);
+        if self.leading {
+            self.ledger.account(&beat);
+        }
         self.fleet.beat(beat, now)
     }
 
     /// Takes the depths of all partitions in; `now` is when they were asked for, so that what came to pass
     /// while the answer was under way (beats that still wait to be taken in) is not judged by it.
     pub fn observed(&mut self, depths: &[PartitionDepth], now: Millis) {
+        self.loads.observe(depths, now);
         let load = self.fleet.load(now);
         self.measured_bytes_per_s = load.service_bytes_per_s.or(self.measured_bytes_per_s);
         let sample = Sample {
@@ -136,6 +153,7 @@ impl Controller {
 
     /// The connection was lost, and may be back: what was not heard meanwhile means nothing.
     pub fn interrupted(&mut self, now: Millis) {
+        self.loads.interrupt();
         self.history.interrupt(now);
     }
 
@@ -217,6 +235,9 @@ impl Controller {
                 self.fleet.members.insert(id.clone(), invoker);
             }
         }
+        if self.placement != placement {
+            self.placed_at = now;
+        }
         self.placement = placement;
     }
 
@@ -285,6 +306,21 @@ impl Controller {
             depth_bytes: depth.1,
             reason: self.reason,
         }
+    }
+
+    /// Shows what invokers are able to do, and, where this autoscaler leads, the jobs' rhythm: for dashboards.
+    pub(crate) fn show(&mut self, pool: Option<&Name>, now: Millis) {
+        let service = self.service_bytes_per_s();
+        let busy = self.history.latest(now, &self.config).map_or(0.0, |sample| sample.busy);
+        metrics::service(pool, service, busy);
+        let (reference, parallel) = (f64::from(self.config.reference_invokers), f64::from(self.partitions));
+        let rhythm = |demand: &Demand| {
+            let round_s = demand.recent_period_ms / 1000.0;
+            let slowdown = demand.load(service, reference, parallel).slowdown(round_s);
+            Rhythm { round_s, aggregation_s: demand.delay_ms / 1000.0, slowdown }
+        };
+        let jobs = self.history.jobs().active(now).filter(|_| self.leading);
+        self.ledger.show(jobs.map(|(job, demand)| (job, rhythm(demand))));
     }
 
     /// How long something that began at `since` has lasted under this autoscaler's own uninterrupted
@@ -390,6 +426,7 @@ impl Controller {
         let next = place(&self.placement, &self.fleet.candidates(), self.partitions);
         if next == self.placement {
             self.unplaced_since = None;
+            actions.extend(self.exchange(now).map(Action::Place));
             return;
         }
         let since = *self.unplaced_since.get_or_insert(now);
@@ -404,6 +441,18 @@ impl Controller {
         } else {
             self.wake_at = Some(since + SETTLE_MS);
         }
+    }
+
+    /// The placement with partitions exchanged by their loads, if it is time for that and worth it.
+    fn exchange(&self, now: Millis) -> Option<Placement> {
+        let pause = self.config.exchange_pause_ms;
+        let steady = self.fleet.members.values().all(|invoker| invoker.phase == Phase::Serving);
+        if pause == 0 || !steady || now < self.placed_at + pause {
+            return None;
+        }
+        self.history.latest(now, &self.config)?;
+        let least = HARDLY_LOADED * self.service_bytes_per_s();
+        exchange(&self.placement, &self.fleet.candidates(), &self.loads.bytes_per_s()?, least)
     }
 
     /// Stops the invokers started here that the one who leads does not use. Nobody else may stop them, so they

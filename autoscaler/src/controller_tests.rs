@@ -17,6 +17,9 @@ struct World {
     controller: Controller,
     now: Millis,
     depth_bytes: u64,
+    /// Messages that come into each partition between two observations, and that ever came.
+    inflow: BTreeMap<Partition, u64>,
+    arrived: BTreeMap<Partition, u64>,
     observable: bool,
     placement: Placement,
     /// What each invoker holds; the frozen and the dead are not in here.
@@ -37,6 +40,8 @@ impl World {
             controller: Controller::new(config, PARTITIONS, starts, ids, 0),
             now: 0,
             depth_bytes: 0,
+            inflow: BTreeMap::new(),
+            arrived: BTreeMap::new(),
             observable: true,
             placement: Placement::default(),
             invokers: BTreeMap::new(),
@@ -90,8 +95,14 @@ impl World {
         self.now += 1;
         if self.observable {
             let bytes = self.depth_bytes / u64::from(PARTITIONS);
-            let depth = PartitionDepth { messages: bytes.div_ceil(MIB), bytes, ..PartitionDepth::default() };
-            self.controller.observed(&vec![depth; usize::from(PARTITIONS)], self.now);
+            let depth = |partition| {
+                let arrived = self.arrived.entry(partition).or_default();
+                *arrived += self.inflow.get(&partition).copied().unwrap_or_default();
+                let messages = bytes.div_ceil(MIB);
+                PartitionDepth { messages, bytes, last_sequence: *arrived, ..PartitionDepth::default() }
+            };
+            let depths: Vec<_> = (0..PARTITIONS).map(depth).collect();
+            self.controller.observed(&depths, self.now);
         }
         self.step();
     }
@@ -187,6 +198,40 @@ fn newcomers_wait_a_moment_for_each_other() {
     world.now += SETTLE_MS;
     world.step();
     assert_eq!((world.places, world.holders().len()), (1, 1));
+}
+
+#[test]
+fn partitions_are_exchanged_by_their_load() {
+    let mut world = World::leading(Config { min_invokers: 2, max_invokers: 2, ..config() });
+    world.depth_bytes = 8 * MIB;
+    world.pass(200);
+    for id in world.started.clone() {
+        world.beat(&id);
+    }
+    world.pass(1000);
+    let (placed, heavy) = (world.places, world.placed_on("auto-1"));
+    assert_eq!(heavy.len(), 4);
+    world.inflow = heavy.iter().map(|partition| (*partition, 10)).collect();
+    world.pass(27_000);
+    assert_eq!(world.places, placed, "not yet");
+    world.pass(5000);
+    assert_eq!(world.placed_on("auto-1").intersection(&heavy).count(), 2);
+    assert_eq!((world.places, world.placed_on("auto-1").len()), (placed + 1, 4));
+    world.pass(120_000);
+    assert_eq!(world.places, placed + 1, "once is enough");
+
+    // Where nobody has much to do, nothing moves; nor where it is not wanted.
+    let uneven = world.placed_on("auto-1");
+    world.inflow.clear();
+    world.pass(60_000);
+    world.inflow = uneven.iter().map(|partition| (*partition, 1)).collect();
+    world.pass(120_000);
+    assert_eq!(world.places, placed + 1);
+    world.inflow = uneven.iter().map(|partition| (*partition, 10)).collect();
+    let policy = Config { exchange_pause_ms: 0, min_invokers: 2, max_invokers: 2, ..config() };
+    world.controller.set_policy(policy, world.now);
+    world.pass(120_000);
+    assert_eq!(world.places, placed + 1);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use thalweg_protocol::{InvokerBeat, InvokerState, Placement};
+use thalweg_broker::{Said, metrics};
+use thalweg_protocol::{Epoch, InvokerBeat, InvokerState, Partition, Placement};
 
 use crate::{Candidate, Millis};
 
@@ -94,6 +95,19 @@ impl Fleet {
             return false;
         }
         let id = beat.invoker.clone();
+        if let Some((other, partition, epoch)) = self.rival(&beat) {
+            static SAID: Said = Said::new();
+            metrics::violated(metrics::TWO_HOLDERS);
+            if SAID.is_new(&format!("{partition} {epoch}")) {
+                tracing::error!(
+                    partition,
+                    epoch,
+                    one = beat.invoker,
+                    other,
+                    "two invokers hold a partition by one epoch: commits are safe, but please report it"
+                );
+            }
+        }
         let newcomer = !self.members.contains_key(&id);
         let invoker = self.members.entry(id).or_insert_with(|| Invoker::new(false, Phase::Leaving, now));
         let before = invoker.phase;
@@ -119,6 +133,18 @@ impl Fleet {
         invoker.empty_since = beat.partitions.is_empty().then_some(empty_since);
         invoker.beat = Some(beat);
         changed || (invoker.phase == Phase::Retiring && emptied)
+    }
+
+    /// Another invoker that holds one of these partitions by the same epoch, which must never be (rule P14): its last
+    /// beat may be old, but no epoch is ever given twice.
+    fn rival(&self, beat: &InvokerBeat) -> Option<(&str, Partition, Epoch)> {
+        let others = self.members.iter().filter(|(id, _)| **id != beat.invoker);
+        others.filter_map(|(id, other)| Some((id, &other.beat.as_ref()?.partitions))).find_map(
+            |(id, theirs)| {
+                let (partition, epoch) = beat.partitions.iter().find(|own| theirs.contains(own))?;
+                Some((id.as_str(), *partition, *epoch))
+            },
+        )
     }
 
     /// Forgets an invoker for good.
@@ -189,4 +215,29 @@ impl Fleet {
 pub(crate) fn placed_on(placement: &Placement, id: &str) -> usize {
     let holders = placement.partitions.iter().map(|placed| placed.holder.as_deref());
     holders.filter(|holder| *holder == Some(id)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_holders_by_one_epoch_are_found() {
+        let beat = |invoker: &str, partitions: &[(Partition, Epoch)]| InvokerBeat {
+            invoker: invoker.to_owned(),
+            state: InvokerState::Ready,
+            partitions: partitions.to_vec(),
+            service_bytes_per_s: 0.0,
+            busy: 0.0,
+            held_messages: 0,
+            held_bytes: 0,
+            cpu_quota: 1.0,
+            jobs: Vec::new(),
+        };
+        let mut fleet = Fleet::default();
+        fleet.beat(beat("left", &[(1, 5), (2, 7)]), 0);
+        assert_eq!(fleet.rival(&beat("left", &[(1, 5)])), None, "nobody is his own rival");
+        assert_eq!(fleet.rival(&beat("right", &[(1, 6), (2, 8)])), None, "it has been moved");
+        assert_eq!(fleet.rival(&beat("right", &[(1, 6), (2, 7)])), Some(("left", 2, 7)));
+    }
 }

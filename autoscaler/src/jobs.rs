@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use thalweg_protocol::{JobKey, JobLoad, Round};
 
-use crate::Millis;
+use crate::{Millis, demand::Load};
 
 /// Rounds' ends remembered of each job.
 const MARKS: usize = 24;
@@ -44,6 +44,19 @@ impl Demand {
     #[must_use]
     pub fn think_ms(&self) -> f64 {
         (self.period_ms - self.delay_ms).max(0.0)
+    }
+
+    /// As the queueing network sees it, with invokers that fold so many bytes a second. `reference` is the number of
+    /// invokers of its own that it is compared against where it names none, `parallel` how many can work on its round.
+    #[must_use]
+    pub fn load(&self, service_bytes_per_s: f64, reference: f64, parallel: f64) -> Load {
+        let work = self.round_bytes / service_bytes_per_s;
+        Load {
+            work,
+            think: self.think_ms() / 1000.0,
+            reference: self.reference.unwrap_or(reference),
+            parallel,
+        }
     }
 
     /// Whether the job still trains, as far as its rhythm tells.

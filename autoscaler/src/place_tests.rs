@@ -65,6 +65,28 @@ fn epochs_seen_in_beats_count() {
     assert_eq!(place(&stale, &[held], 2), after);
 }
 
+#[test]
+fn the_heavily_loaded_give_to_the_lightly_loaded() {
+    let before = placement(&[(1, Some("a")), (1, Some("a")), (1, Some("b")), (1, Some("b"))]);
+    let members = [candidate("a", true), candidate("b", true)];
+    let after = exchange(&before, &members, &[5.0, 5.0, 1.0, 1.0], 0.0);
+    assert_eq!(after, Some(placement(&[(2, Some("b")), (1, Some("a")), (2, Some("a")), (1, Some("b"))])));
+    // Little in all, even enough, or heavy by itself.
+    assert_eq!(exchange(&before, &members, &[5.0, 5.0, 1.0, 1.0], 11.0), None);
+    assert_eq!(exchange(&before, &members, &[1.2, 1.0, 1.0, 1.0], 0.0), None);
+    assert_eq!(exchange(&before, &members, &[9.0, 0.0, 0.1, 0.1], 0.0), None);
+    // Somebody is about to be relieved anyway.
+    let draining = [candidate("a", true), candidate("b", false)];
+    assert_eq!(exchange(&before, &draining, &[5.0, 5.0, 1.0, 1.0], 0.0), None);
+}
+
+#[test]
+fn who_has_one_more_gives_without_taking() {
+    let before = placement(&[(1, Some("a")), (1, Some("a")), (1, Some("b"))]);
+    let after = exchange(&before, &[candidate("a", true), candidate("b", true)], &[3.0, 3.0, 1.0], 0.0);
+    assert_eq!(after, Some(placement(&[(2, Some("b")), (1, Some("a")), (1, Some("b"))])));
+}
+
 fn holders() -> impl Strategy<Value = Vec<(Epoch, Option<u8>)>> {
     prop::collection::vec((0_u64..50, prop::option::weighted(0.9, 0_u8..8)), 0..40)
 }
@@ -128,5 +150,35 @@ proptest! {
         }
 
         prop_assert_eq!(place(&after, &members, partitions), after);
+    }
+
+    #[test]
+    fn exchanges_help_and_last(
+        loads in prop::collection::vec(prop_oneof![Just(0.0), 0.0..10.0_f64, 50.0..100.0_f64], 1..40),
+        invokers in 1_usize..9,
+    ) {
+        let members: Vec<_> = (0..invokers).map(|id| candidate(&id.to_string(), true)).collect();
+        let partitions = Partition::try_from(loads.len()).unwrap();
+        let mut current = place(&Placement::default(), &members, partitions);
+        let heaviest = |placement: &Placement| {
+            let of = |id: &str| -> f64 {
+                let own = placement.partitions.iter().zip(&loads).filter(|(placed, _)| placed.holder.as_deref() == Some(id));
+                own.map(|(_, load)| load).sum()
+            };
+            members.iter().map(|member| of(&member.id)).fold(0.0, f64::max)
+        };
+        let mut times = 0;
+        while let Some(next) = exchange(&current, &members, &loads, 0.0) {
+            prop_assert!(heaviest(&next) <= heaviest(&current));
+            prop_assert!((1..=8).contains(&moves(&current, &next)));
+            // It stays: counts are as levelled as before, and epochs are new where holders are.
+            prop_assert_eq!(place(&next, &members, partitions), next.clone());
+            for (was, is) in current.partitions.iter().zip(&next.partitions) {
+                prop_assert_eq!(is.epoch, was.epoch + u64::from(was.holder != is.holder));
+            }
+            current = next;
+            times += 1;
+            prop_assert!(times <= 20, "it goes on and on");
+        }
     }
 }

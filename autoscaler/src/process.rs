@@ -1,11 +1,13 @@
 //! Invokers as child processes.
 
-use std::{collections::BTreeMap, ffi::OsString, process::Stdio, time::Duration};
+use std::{collections::BTreeMap, ffi::OsString, net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
-    process::{Child, Command},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
+    process::{Child, ChildStdout, Command},
+    task::JoinSet,
     time::Instant,
 };
 
@@ -18,12 +20,16 @@ use crate::{
 const POLL: Duration = Duration::from_millis(10);
 /// Time a killed child has to disappear.
 const KILL_GRACE: Duration = Duration::from_secs(1);
+/// Longest line that is read of a child, bytes: an address and a port.
+const MOST_LINE: u64 = 128;
+
+/// Told where the admin port of an invoker is, by its id; `None` once it has ended.
+pub type Announce = Arc<dyn Fn(&str, Option<SocketAddr>) + Send + Sync>;
 
 /// Runs a command for every invoker: SIGTERM stops it, and SIGKILL does when it has not ended within the
 /// drain timeout. Children inherit the environment (less systemd's `NOTIFY_SOCKET`), standard output and
 /// standard error; they have a process group of their own, so that Ctrl-C reaches the autoscaler first, which then
 /// stops them in order.
-#[derive(Debug)]
 pub struct ProcessActuator {
     program: OsString,
     arguments: Vec<String>,
@@ -33,6 +39,13 @@ pub struct ProcessActuator {
     /// Where the kernel keeps to the quota, and the quota.
     cgroups: Option<(Cgroups, f64)>,
     children: BTreeMap<String, Started>,
+    announce: Option<Announce>,
+}
+
+impl std::fmt::Debug for ProcessActuator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProcessActuator").field("children", &self.children).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -43,6 +56,18 @@ struct Started {
     _cgroup: Option<Cgroup>,
     /// Told to stop; killed after that.
     kill_at: Option<Instant>,
+    /// Waits for it to say where its admin port is; ends with this.
+    _listens: JoinSet<()>,
+}
+
+/// Passes the first line of a child on, if it is an address.
+async fn listen(id: String, stdout: ChildStdout, announce: Announce) {
+    let mut line = String::new();
+    let read = BufReader::new(stdout.take(MOST_LINE)).read_line(&mut line).await;
+    match line.trim().parse() {
+        Ok(address) if read.is_ok() => announce(&id, Some(address)),
+        _ => tracing::debug!(invoker = id, line, "an invoker did not say where its admin port is"),
+    }
 }
 
 impl ProcessActuator {
@@ -59,7 +84,16 @@ impl ProcessActuator {
             tied: false,
             cgroups: None,
             children: BTreeMap::new(),
+            announce: None,
         }
+    }
+
+    /// Reads the first line of every child's standard output, which has to be the address of its admin port (`thalweg
+    /// invoker --announce`), and tells it on. The rest is not read.
+    #[must_use]
+    pub fn announcing(mut self, announce: Announce) -> Self {
+        self.announce = Some(announce);
+        self
     }
 
     /// Children are left running when the actuator is dropped, instead of being killed: for autoscalers
@@ -134,11 +168,12 @@ impl Started {
 #[async_trait]
 impl Actuator for ProcessActuator {
     async fn start(&mut self, id: &str) -> Result<(), ActuatorError> {
-        let child = Command::new(&self.program)
+        let mut child = Command::new(&self.program)
             .args(self.arguments.iter().map(|argument| argument.replace("{id}", id)))
             // Through it they would report their own readiness as that of the autoscaler.
             .env_remove("NOTIFY_SOCKET")
             .stdin(if self.tied { Stdio::piped() } else { Stdio::null() })
+            .stdout(if self.announce.is_some() { Stdio::piped() } else { Stdio::inherit() })
             .process_group(0)
             .kill_on_drop(self.kill_on_drop)
             .spawn()
@@ -153,7 +188,12 @@ impl Actuator for ProcessActuator {
             tracing::warn!(invoker = id, %error, "an invoker has no cgroup");
             None
         });
-        self.children.insert(id.to_owned(), Started { child, _cgroup: cgroup, kill_at: None });
+        let mut listens = JoinSet::new();
+        if let Some((announce, stdout)) = self.announce.clone().zip(child.stdout.take()) {
+            listens.spawn(listen(id.to_owned(), stdout, announce));
+        }
+        let started = Started { child, _cgroup: cgroup, kill_at: None, _listens: listens };
+        self.children.insert(id.to_owned(), started);
         Ok(())
     }
 
@@ -181,6 +221,9 @@ impl Actuator for ProcessActuator {
         }
         for id in &ended {
             self.children.remove(id);
+            if let Some(announce) = &self.announce {
+                announce(id, None);
+            }
         }
         ended
     }

@@ -301,6 +301,8 @@ impl Shell {
         match depths.await {
             Ok((depths, asked)) => {
                 self.controller.observed(&depths, asked);
+                metrics::depths(&self.pool, &depths);
+                self.controller.show(self.pool.name.as_ref(), self.clock.now());
                 match self.observes.replace(true) {
                     Some(true) => {}
                     before => {

@@ -9,6 +9,7 @@ mod connect;
 mod dead_letters;
 mod events;
 mod lease;
+pub mod metrics;
 mod registry;
 mod request;
 mod said;

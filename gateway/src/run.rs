@@ -17,7 +17,7 @@ use thalweg_store::StoreClient;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{events::Sink, http, jobs::Jobs, service::Gateway};
+use crate::{events::Sink, http, jobs::Jobs, metrics, service::Gateway};
 
 /// Settings of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +62,8 @@ pub enum GatewayError {
 
 /// Requests worked on at once.
 const MAX_REQUESTS: usize = 256;
+/// Time between looks at JetStream's account.
+const BROKER_LOOK: Duration = Duration::from_secs(5);
 /// Events on their way to NATS.
 const MAX_EVENTS: usize = 4096;
 
@@ -127,6 +129,7 @@ pub async fn run(
     let jobs = hints("job.>").await.map_err(|error| nats(&error))?;
     let mut hints = futures::stream::select(rosters, jobs);
     let address = listener.local_addr().map_err(|error| GatewayError::Listen(config.http_listen, error))?;
+    let watched = tokio::spawn(watch_broker(connection.jetstream.clone()));
     let (jetstream, stop) = (connection.jetstream.clone(), shutdown.clone());
     let mut web = tokio::spawn(http::serve(listener, gateway.clone(), jetstream, stop));
     tracing::info!(%address, "gateway serves");
@@ -179,6 +182,7 @@ pub async fn run(
                 if let Err(error) = keeper.tick(&registry, Instant::now()).await {
                     error.log("lease not renewed");
                 }
+                metrics::leads(keeper.held_until().is_some_and(|until| until > Instant::now()));
                 gateway.lead(keeper.held_until()).await;
             }
             _ = sweep.tick() => {
@@ -190,6 +194,7 @@ pub async fn run(
         }
     }
     report(Some("draining"));
+    watched.abort();
     let _ = service.stop().await;
     let _ = permits.acquire_many(u32::try_from(MAX_REQUESTS).unwrap_or(u32::MAX)).await;
     let _ = keeper.release(&registry).await;
@@ -199,6 +204,23 @@ pub async fn run(
         web.abort();
     }
     Ok(())
+}
+
+/// Tells how JetStream does, for dashboards, until it is aborted.
+async fn watch_broker(jetstream: async_nats::jetstream::Context) {
+    let mut look = tokio::time::interval(BROKER_LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        let asked = Instant::now();
+        match jetstream.query_account().await {
+            Ok(account) => metrics::broker(account.memory, account.storage, asked.elapsed()),
+            Err(_) => metrics::broker_failed(),
+        }
+        if let Ok(stream) = jetstream.get_stream(subjects::DEAD_LETTER_STREAM).await {
+            metrics::dead_letters(stream.cached_info().state.messages);
+        }
+    }
 }
 
 /// Publishes events. One that NATS does not take at once is lost: nothing depends on it.

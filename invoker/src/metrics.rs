@@ -19,6 +19,8 @@ const PARKED: &str = "thalweg_invoker_parked_total";
 const CONFLICTS: &str = "thalweg_invoker_conflicts_total";
 const TAKEOVERS: &str = "thalweg_invoker_takeovers_total";
 const HANDOVER: &str = "thalweg_invoker_handover_seconds";
+const WAIT: &str = "thalweg_invoker_wait_seconds";
+const PUBLISH: &str = "thalweg_invoker_publish_seconds";
 const FOLD: &str = "thalweg_invoker_fold_seconds";
 const COMMIT: &str = "thalweg_invoker_commit_seconds";
 const HELD: &str = "thalweg_invoker_held_bytes";
@@ -39,6 +41,11 @@ pub fn describe() {
     describe_counter!(CONFLICTS, "Commits that found the shard elsewhere");
     describe_counter!(TAKEOVERS, "Partitions taken over, by whether their holder had left work behind");
     describe_histogram!(HANDOVER, "Time without a holder of a partition that was handed over in order");
+    describe_histogram!(
+        WAIT,
+        "Time from when the broker stored the last contribution of a fold until it begins, by the invoker's clock"
+    );
+    describe_histogram!(PUBLISH, "Time to hand a result to the connection");
     describe_histogram!(FOLD, "Time to fold one round of one shard, reading its state included");
     describe_histogram!(COMMIT, "Time from commit to its return at the job's durability level");
     describe_gauge!(HELD, "Payload bytes held in memory");
@@ -87,6 +94,15 @@ pub(crate) fn takeover(unclean: bool) {
 
 pub(crate) fn handed_over(unserved: Duration) {
     histogram!(HANDOVER).record(unserved.as_secs_f64());
+}
+
+/// Milliseconds.
+pub(crate) fn waited(duration: u64) {
+    histogram!(WAIT).record(duration as f64 / 1e3);
+}
+
+pub(crate) fn published(duration: Duration) {
+    histogram!(PUBLISH).record(duration.as_secs_f64());
 }
 
 pub(crate) fn folded(duration: Duration) {

@@ -36,6 +36,8 @@ pub enum FlushMode {
 pub(crate) struct Signals {
     /// Commits whose bytes are written, over all jobs: what a flush cycle covers.
     pub(crate) accepted: AtomicU64,
+    /// Bytes of state that no finished cycle covers.
+    pub(crate) unsynced: AtomicU64,
     /// A sync failed: nothing this store says can be trusted any more.
     pub(crate) failed: AtomicBool,
 }
@@ -143,6 +145,7 @@ impl Flusher {
     fn cover(&self, all_current: bool) -> Result<(), StoreError> {
         let begun = std::time::Instant::now();
         let ticket = self.signals.accepted.load(Ordering::SeqCst);
+        let unsynced = self.signals.unsynced.load(Ordering::SeqCst);
         let slabs: Vec<_> =
             self.slabs.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         let mut pinned = Vec::new();
@@ -165,6 +168,7 @@ impl Flusher {
             }
             metrics::flush_cycle(begun.elapsed());
         }
+        self.signals.unsynced.fetch_sub(unsynced, Ordering::SeqCst);
         self.covered.send_replace(ticket);
         Ok(())
     }

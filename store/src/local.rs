@@ -94,6 +94,15 @@ impl Drop for Inner {
     }
 }
 
+/// What the jobs of a store take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) jobs: usize,
+    pub(crate) slab_bytes: u64,
+    pub(crate) live_bytes: u64,
+    pub(crate) lost_jobs: usize,
+}
+
 impl LocalStore {
     /// Opens a store and finishes one flush cycle before anything is served (rule P25). Blocks.
     ///
@@ -177,6 +186,22 @@ impl LocalStore {
     /// When the file system does not tell.
     pub fn room(&self) -> io::Result<(u64, u64)> {
         Ok((self.inner.disk.free()?, self.inner.reserve_bytes))
+    }
+
+    /// What the jobs take.
+    pub(crate) fn usage(&self) -> Usage {
+        let slabs: Vec<_> = self.inner.slabs().values().cloned().collect();
+        Usage {
+            jobs: slabs.len(),
+            slab_bytes: slabs.iter().filter_map(|slab| slab.file.len().ok()).sum(),
+            live_bytes: slabs.iter().map(|slab| slab.live_bytes()).sum(),
+            lost_jobs: slabs.iter().filter(|slab| slab.is_lost()).count(),
+        }
+    }
+
+    /// Bytes of state that no finished flush cycle covers.
+    pub(crate) fn unsynced_bytes(&self) -> u64 {
+        self.inner.flusher.signals.unsynced.load(Ordering::SeqCst)
     }
 
     /// Whether a sync has failed: the process must stop.

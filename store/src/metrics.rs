@@ -5,6 +5,8 @@ use std::time::Duration;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use thalweg_protocol::CommitOutcome;
 
+use crate::local::Usage;
+
 const COMMITS: &str = "thalweg_store_commits_total";
 const COMMIT_BYTES: &str = "thalweg_store_commit_bytes_total";
 const PARTIALS: &str = "thalweg_store_partial_commits_total";
@@ -13,6 +15,11 @@ const TORN: &str = "thalweg_store_torn_slots_total";
 const FLUSHES: &str = "thalweg_store_flush_seconds";
 const SLOT_WAITS: &str = "thalweg_store_slot_waits_total";
 const FREE: &str = "thalweg_store_disk_free_bytes";
+const JOBS: &str = "thalweg_store_jobs";
+const SLABS: &str = "thalweg_store_slab_bytes";
+const LIVE: &str = "thalweg_store_live_bytes";
+const UNSYNCED: &str = "thalweg_store_unsynced_bytes";
+const LOST: &str = "thalweg_store_lost_jobs";
 
 /// Describes the metrics; call once a recorder is installed.
 pub fn describe() {
@@ -23,11 +30,27 @@ pub fn describe() {
     describe_counter!(TORN, "Slots found torn and set aside");
     describe_histogram!(FLUSHES, "Duration of flush cycles that had something to flush");
     describe_gauge!(FREE, "Bytes of the disk that can still be written");
+    describe_gauge!(JOBS, "Jobs whose shards are here");
+    describe_gauge!(SLABS, "Bytes of the disk that their slab files take");
+    describe_gauge!(LIVE, "Bytes of parameters and optimizer slots in them, one version of each");
+    describe_gauge!(UNSYNCED, "Bytes committed that a power loss could still take back");
+    describe_gauge!(LOST, "Jobs that have lost state and wait for their policy on loss");
     describe_counter!(SLOT_WAITS, "Commits that had to wait for a flush cycle to free a slot");
 }
 
 pub(crate) fn free(bytes: u64) {
     gauge!(FREE).set(bytes as f64);
+}
+
+pub(crate) fn usage(usage: Usage) {
+    gauge!(JOBS).set(usage.jobs as f64);
+    gauge!(SLABS).set(usage.slab_bytes as f64);
+    gauge!(LIVE).set(usage.live_bytes as f64);
+    gauge!(LOST).set(usage.lost_jobs as f64);
+}
+
+pub(crate) fn unsynced(bytes: u64) {
+    gauge!(UNSYNCED).set(bytes as f64);
 }
 
 fn name(outcome: &CommitOutcome) -> &'static str {

@@ -98,6 +98,12 @@ impl Slab {
         SUPERBLOCKS + (3 * u64::from(shards) + u64::from(spares)) * SlotGeometry::of(job).slot
     }
 
+    /// Bytes of one version of all its shards.
+    pub(crate) fn live_bytes(&self) -> u64 {
+        let shards = 0..self.job.layout.shards();
+        shards.map(|shard| self.job.state_bytes(shard) as u64).sum()
+    }
+
     /// Bytes by which a hold may make the file grow.
     pub(crate) fn hold_bytes(&self) -> u64 {
         u64::from(self.job.layout.shards()) * self.geometry.slot
@@ -384,6 +390,7 @@ impl Slab {
         shard.current = Some(index);
         lock(&self.common).moved(current.version, next.version);
         self.dirty.store(true, Ordering::SeqCst);
+        self.signals.unsynced.fetch_add(state.len() as u64, Ordering::SeqCst);
         shard.ticket = self.signals.accepted.fetch_add(1, Ordering::SeqCst) + 1;
         Ok(Written::Done(CommitOutcome::Committed(next), self.ticket(&shard)))
     }

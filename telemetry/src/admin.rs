@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::health::Health;
 use crate::logs::{LogError, LogHandle};
 use crate::metrics::MetricsHandle;
+use crate::others::Others;
 
 /// How long open requests may take to finish once the server stops; what is left is cut off.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -32,7 +33,7 @@ const MAX_FILTER_BYTES: usize = 4096;
 ///
 /// * `GET /livez`: 200 `ok`, for as long as the process can answer at all;
 /// * `GET /readyz`: 200 or 503, with [`crate::health::Snapshot`] as JSON;
-/// * `GET /metrics`: the Prometheus text format;
+/// * `GET /metrics`: the Prometheus text format, with the metrics of `others`;
 /// * `GET /log`: the log filter in force, as text;
 /// * `PUT /log`: the body (text, 4 KiB at most) becomes the filter in force, until it is changed again
 ///   or the process ends; 200 with the new filter, or 400 with what is wrong with it. Without `logs`,
@@ -50,7 +51,7 @@ const MAX_FILTER_BYTES: usize = 4096;
 pub async fn serve(
     listener: TcpListener,
     health: Health,
-    metrics: MetricsHandle,
+    metrics: (MetricsHandle, Others),
     logs: Option<LogHandle>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
@@ -76,7 +77,7 @@ async fn run(listener: TcpListener, router: Router, shutdown: CancellationToken)
     }
 }
 
-fn router(health: Health, metrics: MetricsHandle, logs: Option<LogHandle>) -> Router {
+fn router(health: Health, metrics: (MetricsHandle, Others), logs: Option<LogHandle>) -> Router {
     let ready = Router::new().route("/readyz", get(readyz)).with_state(health);
     let scrape = Router::new().route("/metrics", get(scrape)).with_state(metrics);
     let log = logs.map_or_else(Router::new, |logs| {
@@ -97,8 +98,8 @@ async fn readyz(State(health): State<Health>) -> Response {
     (status, Json(snapshot)).into_response()
 }
 
-async fn scrape(State(metrics): State<MetricsHandle>) -> Response {
-    ([(header::CONTENT_TYPE, PROMETHEUS_TEXT)], metrics.render()).into_response()
+async fn scrape(State((metrics, others)): State<(MetricsHandle, Others)>) -> Response {
+    ([(header::CONTENT_TYPE, PROMETHEUS_TEXT)], others.with(metrics.render()).await).into_response()
 }
 
 async fn log_filter(State(logs): State<LogHandle>) -> String {
@@ -151,7 +152,13 @@ mod tests {
             let health = Health::new();
             let shutdown = CancellationToken::new();
             let metrics = crate::metrics::install().unwrap();
-            let task = tokio::spawn(serve(listener, health.clone(), metrics, logs, shutdown.clone()));
+            let task = tokio::spawn(serve(
+                listener,
+                health.clone(),
+                (metrics, Others::new("who")),
+                logs,
+                shutdown.clone(),
+            ));
             Self { address, health, shutdown, task }
         }
 

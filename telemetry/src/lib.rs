@@ -6,6 +6,7 @@
 //! * [`logs`]: lines for people on a terminal, JSON for machines everywhere else; the filter can be
 //!   changed while the process runs;
 //! * [`metrics`]: the Prometheus recorder, with real histograms;
+//! * [`others`]: the metrics of processes that this one has started, among its own;
 //! * [`health`]: which components are ready, and what the others wait for;
 //! * [`admin`]: `/livez`, `/readyz`, `/metrics` and `/log` over HTTP;
 //! * [`shutdown`]: the first signal drains, the second one exits;
@@ -19,5 +20,6 @@ pub mod config;
 pub mod health;
 pub mod logs;
 pub mod metrics;
+pub mod others;
 pub mod shutdown;
 pub mod systemd;

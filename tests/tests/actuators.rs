@@ -11,6 +11,7 @@ use thalweg_autoscaler::{Actuator as _, DockerConfig};
 use thalweg_broker::Registry;
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::StoreClient;
+use thalweg_telemetry::others::Others;
 use thalweg_tests::{
     PATIENCE,
     actuators::{Traits, conforms, kill, processes_of, refuses},
@@ -54,14 +55,19 @@ async fn threads() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processes() {
     let cluster = Cluster::start(&[]);
-    let mut actuator = actuators::process(&binary(), &config(&cluster));
+    let mut actuator = actuators::process(&binary(), &config(&cluster), Others::new("invoker"));
     conforms(&mut actuator, &cluster, Traits { processes: true }).await;
 
-    let missing = refuses(&mut actuators::process(Path::new("/nonexistent"), &config(&cluster))).await;
+    let missing = refuses(&mut actuators::process(
+        Path::new("/nonexistent"),
+        &config(&cluster),
+        Others::new("invoker"),
+    ))
+    .await;
     assert!(missing.is_some_and(|error| error.contains("the system does not start it")));
     let mut nowhere = config(&cluster);
     nowhere.nats.url = "nats://:not a port".to_owned();
-    assert_eq!(refuses(&mut actuators::process(&binary(), &nowhere)).await, None);
+    assert_eq!(refuses(&mut actuators::process(&binary(), &nowhere, Others::new("invoker"))).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,6 @@
 //! The means by which an autoscaler starts invokers, made from the configuration.
 
-use std::{io, path::Path, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Context as _;
 use thalweg_autoscaler::{
@@ -9,19 +9,26 @@ use thalweg_autoscaler::{
 use thalweg_broker::{Connection, NatsConfig, no_report};
 use thalweg_invoker::CpuScope;
 use thalweg_store::ShardStore;
+use thalweg_telemetry::others::Others;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
 
-/// The actuator that the configuration names, for an autoscaler in a process of its own.
+/// The actuator that the configuration names, for an autoscaler in a process of its own. The metrics of invokers that are
+/// its children come to `others`.
 ///
 /// # Errors
 /// When its means are not there.
-pub async fn open(config: &Config, connection: &Connection) -> anyhow::Result<Box<dyn Actuator>> {
+pub async fn open(
+    config: &Config,
+    connection: &Connection,
+    others: Others,
+) -> anyhow::Result<Box<dyn Actuator>> {
     Ok(match config.autoscaler.actuator {
         config::Actuator::External => Box::new(ExternalActuator),
         config::Actuator::Auto | config::Actuator::Process => {
-            Box::new(process(&std::env::current_exe().context("finding this program")?, config))
+            let program = std::env::current_exe().context("finding this program")?;
+            Box::new(process(&program, config, others))
         }
         config::Actuator::Agent => Box::new(agents(config, connection).await?),
         config::Actuator::Docker => Box::new(docker(config).await?),
@@ -36,23 +43,25 @@ fn drain_timeout(config: &Config) -> Duration {
 
 /// Invokers as children of this process, with this process's settings for them. `program` is the binary.
 #[must_use]
-pub fn process(program: &Path, config: &Config) -> ProcessActuator {
-    let actuator = ProcessActuator::new(program, arguments(config, &config.nats.url), drain_timeout(config));
-    let actuator = confined(actuator, config);
+pub fn process(program: &Path, config: &Config, others: Others) -> ProcessActuator {
+    let actuator = child(program, config, &[], drain_timeout(config), others);
     if config.autoscaler.policy.drain_on_shutdown { actuator } else { actuator.leave_running() }
 }
 
 /// As [`process`], for an agent: its children do not survive it, because nobody else could stop them.
 #[must_use]
-pub fn tied_process(program: &Path, config: &Config) -> ProcessActuator {
-    let mut arguments = arguments(config, &config.nats.url);
-    arguments.push("--with-stdin".to_owned());
+pub fn tied_process(program: &Path, config: &Config, others: Others) -> ProcessActuator {
     let drain = Duration::from_millis(config.agent.drain_timeout_ms);
-    confined(ProcessActuator::new(program, arguments, drain).tied(), config)
+    child(program, config, &["--with-stdin"], drain, others).tied()
 }
 
 /// With the help of the kernel where there is a quota: a whole CPU is what one thread can use at most.
-fn confined(actuator: ProcessActuator, config: &Config) -> ProcessActuator {
+fn child(program: &Path, config: &Config, more: &[&str], drain: Duration, others: Others) -> ProcessActuator {
+    let mut arguments = arguments(config, &config.nats.url);
+    arguments.push("--announce".to_owned());
+    arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
+    let announce = Arc::new(move |id: &str, address: Option<SocketAddr>| others.set(id, address));
+    let actuator = ProcessActuator::new(program, arguments, drain).announcing(announce);
     let cpus = config.invoker.cpu_quota;
     if cpus < 1.0 { actuator.cpu_quota(cpus) } else { actuator }
 }

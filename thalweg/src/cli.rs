@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use thalweg_telemetry::config::{Loader, dump, parse_override};
 
-use crate::{admin, bench, config::Config, demo, services, simulate, up};
+use crate::{admin, bench, config::Config, demo, doctor, services, simulate, up};
 
 /// Elastic, exactly-once aggregation of gradients.
 ///
@@ -43,6 +43,10 @@ enum Command {
     #[command(subcommand)]
     Deadletter(admin::DeadLetterCommand),
     Events(admin::EventsArgs),
+    Record(admin::RecordArgs),
+    /// Examines the configuration, this host and the deployment; each finding comes with its remedy
+    #[command(after_help = DOCTOR)]
+    Doctor(DoctorArgs),
     /// Completions for a shell, on standard output
     #[command(after_help = COMPLETIONS)]
     Completions {
@@ -74,6 +78,15 @@ Examples:
   thalweg completions bash > ~/.local/share/bash-completion/completions/thalweg
   thalweg completions zsh > \"${fpath[1]}/_thalweg\"
   thalweg completions fish > ~/.config/fish/completions/thalweg.fish
+";
+const DOCTOR: &str = "\
+Examines what a component would see with the same flags, file and environment: settings that clash, the data directory and
+its disk, limits of this host, the NATS server (version, JetStream, payload, memory, permissions, clock), and what runs
+against it. Changes nothing. Exits with 1 where something does not work.
+
+Examples:
+  thalweg doctor
+  thalweg doctor --config /etc/thalweg/thalweg.toml --json
 ";
 const MAN: &str = "\
 Example:
@@ -131,6 +144,21 @@ struct InvokerArgs {
     /// Drain and stop when standard input ends: with the program that started this, however that ends
     #[arg(long)]
     with_stdin: bool,
+    /// Print the address of the admin port on standard output, for whoever has chosen port 0
+    #[arg(long)]
+    announce: bool,
+}
+
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Longest wait for an answer, such as 30s or 500ms
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = admin::parse_wait)]
+    timeout: std::time::Duration,
+    /// Print JSON for programs instead of text for people
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -146,13 +174,18 @@ struct AgentArgs {
 }
 
 impl Common {
-    /// The configuration in force and where to read it again, or `None` when it was only to be printed.
-    fn load(&self, more: &[(&str, Option<String>)]) -> anyhow::Result<Option<(Config, Loader)>> {
+    /// Where the configuration is to be read, flags included.
+    fn loader(&self, more: &[(&str, Option<String>)]) -> Loader {
         let flags = [("nats.url", self.nats_url.clone()), ("admin.listen", self.admin.clone())];
         let flags = flags.into_iter().chain(more.iter().cloned());
         let flags = flags.filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let overrides = self.overrides.iter().cloned().chain(flags).collect();
-        let loader = Loader::new("THALWEG").file(self.config.clone()).overrides(overrides);
+        Loader::new("THALWEG").file(self.config.clone()).overrides(overrides)
+    }
+
+    /// The configuration in force and where to read it again, or `None` when it was only to be printed.
+    fn load(&self, more: &[(&str, Option<String>)]) -> anyhow::Result<Option<(Config, Loader)>> {
+        let loader = self.loader(more);
         let config = Config::load(&loader)?;
         if self.dump_config {
             use std::io::Write as _;
@@ -190,6 +223,8 @@ impl Cli {
             Command::Status(target) => target.json,
             Command::Deadletter(command) => command.target().json,
             Command::Events(args) => args.target().json,
+            Command::Record(args) => args.target().json,
+            Command::Doctor(args) => args.json,
             _ => false,
         }
     }
@@ -226,7 +261,7 @@ impl Cli {
                 let Some((config, loader)) = args.common.load(&id)? else { return Ok(()) };
                 // One invoker is one thread: its CPU quota is measured on it.
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(services::invoker(config, loader, args.with_stdin))
+                runtime.block_on(services::invoker(config, loader, (args.with_stdin, args.announce)))
             }
             Command::Autoscaler(common) => {
                 let Some((config, loader)) = common.load(&[])? else { return Ok(()) };
@@ -242,6 +277,11 @@ impl Cli {
             Command::Status(target) => runtime()?.block_on(admin::status(target)),
             Command::Deadletter(command) => runtime()?.block_on(admin::dead_letter(command)),
             Command::Events(args) => runtime()?.block_on(admin::events(args)),
+            Command::Record(args) => runtime()?.block_on(admin::record(args)),
+            Command::Doctor(args) => {
+                let config = Config::load(&args.common.loader(&[]));
+                runtime()?.block_on(doctor::run(config, args.timeout, args.json))
+            }
             Command::Completions { shell } => {
                 // Into memory first: it panics where it cannot write.
                 let mut text = Vec::new();

@@ -1,10 +1,12 @@
 //! What every service process has: signals, reloading, health, metrics, the admin port, word to systemd.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::Context as _;
 use thalweg_broker::Report;
-use thalweg_telemetry::{admin, config::Loader, health::Health, logs, metrics, shutdown, systemd};
+use thalweg_telemetry::{
+    admin, config::Loader, health::Health, logs, metrics, others::Others, shutdown, systemd,
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +22,10 @@ pub(crate) struct Host {
     pub(crate) shutdown: CancellationToken,
     /// What may change while the process runs.
     pub(crate) live: Live,
+    /// Invokers that are children of this process: their metrics are shown with its own.
+    pub(crate) others: Others,
+    /// Of the admin port.
+    pub(crate) address: SocketAddr,
     /// Cancelled when everything else has ended, so that health can be watched while draining.
     ended: CancellationToken,
     admin: tokio::task::JoinHandle<std::io::Result<()>>,
@@ -54,6 +60,7 @@ impl Host {
         allow_many_files();
         let handle = metrics::install()?;
         crate::metrics::describe();
+        thalweg_broker::metrics::describe();
         thalweg_store::metrics::describe();
         thalweg_invoker::metrics::describe();
         thalweg_gateway::metrics::describe();
@@ -65,11 +72,13 @@ impl Host {
         let listener = TcpListener::bind(config.admin.listen)
             .await
             .with_context(|| format!("admin port {}: choose another admin.listen", config.admin.listen))?;
-        tracing::info!(address = %listener.local_addr()?, "health and metrics");
-        let ended = CancellationToken::new();
-        let serving = admin::serve(listener, health.clone(), handle, logs::installed(), ended.clone());
+        let address = listener.local_addr()?;
+        tracing::info!(%address, "health and metrics");
+        let (ended, others) = (CancellationToken::new(), Others::new("invoker"));
+        let metrics = (handle, others.clone());
+        let serving = admin::serve(listener, health.clone(), metrics, logs::installed(), ended.clone());
         let admin = tokio::spawn(serving);
-        Ok(Self { health, shutdown, live, ended, admin, systemd: None })
+        Ok(Self { health, shutdown, live, others, address, ended, admin, systemd: None })
     }
 
     /// A report that shows in the health of `component`.

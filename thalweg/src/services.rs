@@ -1,6 +1,6 @@
 //! One service a process.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures::FutureExt as _;
@@ -68,12 +68,22 @@ pub async fn store(config: Config, loader: Loader) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `thalweg invoker`. With `with_stdin` it runs no longer than standard input lasts.
+/// `thalweg invoker`. With `with_stdin` it runs no longer than standard input lasts; with `announce` it prints the address
+/// of its admin port.
 ///
 /// # Errors
 /// What waiting cannot cure.
-pub async fn invoker(config: Config, loader: Loader, with_stdin: bool) -> anyhow::Result<()> {
+pub async fn invoker(
+    config: Config,
+    loader: Loader,
+    (with_stdin, announce): (bool, bool),
+) -> anyhow::Result<()> {
     let host = Host::open(&config, loader, &["invoker"], &["nats", "invoker", "admin", "log"]).await?;
+    if announce {
+        // To whoever has started it; if that one is gone already, nobody misses it.
+        let mut out = std::io::stdout();
+        let _ = writeln!(out, "{}", host.address).and_then(|()| out.flush());
+    }
     if with_stdin {
         end_with_stdin(host.shutdown.clone());
     }
@@ -146,8 +156,8 @@ pub async fn autoscaler(config: Config, loader: Loader) -> anyhow::Result<()> {
             shutdown: host.shutdown.clone(),
         };
         let actuator = |config: Config| {
-            let connection = connection.clone();
-            async move { actuators::open(&config, &connection).await }.boxed()
+            let (connection, others) = (connection.clone(), host.others.clone());
+            async move { actuators::open(&config, &connection, others).await }.boxed()
         };
         pools::scale(&config, scaling, actuator).await?;
     }
@@ -165,7 +175,7 @@ pub async fn agent(config: Config, loader: Loader) -> anyhow::Result<()> {
     let host = Host::open(&config, loader, &["agent"], sections).await?;
     if let Some(connection) = connect(&config, "thalweg-agent", &host).await? {
         let program = std::env::current_exe().context("finding this program")?;
-        let actuator = Box::new(actuators::tied_process(&program, &config));
+        let actuator = Box::new(actuators::tied_process(&program, &config, host.others.clone()));
         let name = match config.agent.name.as_str() {
             "" => rustix::system::uname().nodename().to_string_lossy().into_owned(),
             name => name.to_owned(),

@@ -125,9 +125,9 @@ impl Service {
                 status: status_sender,
                 shutdown: autoscaler_token.clone(),
             };
-            let (config, store) = (config.clone(), local);
+            let (config, store, others) = (config.clone(), local, host.others.clone());
             let actuator = move |config: Config| {
-                let (connection, store) = (connection.clone(), store.clone());
+                let (connection, store, others) = (connection.clone(), store.clone(), others.clone());
                 async move {
                     Ok(match config.autoscaler.actuator {
                         config::Actuator::Auto => {
@@ -135,7 +135,7 @@ impl Service {
                                 Box::new(actuators::in_process(&config, Arc::new(store)));
                             actuator
                         }
-                        _ => actuators::open(&config, &connection).await?,
+                        _ => actuators::open(&config, &connection, others).await?,
                     })
                 }
                 .boxed()

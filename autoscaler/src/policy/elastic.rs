@@ -149,12 +149,8 @@ impl Outlook {
             explained += demand.round_bytes * (seconds * 1000.0 / demand.period_ms.max(1.0) + 1.0);
             in_flight += demand.round_bytes;
             if hot {
-                let load = Load {
-                    work: demand.round_bytes / rate,
-                    think: demand.think_ms() / 1000.0,
-                    reference: demand.reference.unwrap_or(f64::from(config.reference_invokers)),
-                    parallel: f64::from(history.partitions()),
-                };
+                let parallel = f64::from(history.partitions());
+                let load = demand.load(rate, f64::from(config.reference_invokers), parallel);
                 outlook.measured.push(load.slowdown(demand.recent_period_ms / 1000.0));
                 outlook.explained += load.work / (demand.period_ms / 1000.0);
                 outlook.hot.push(load);

@@ -84,6 +84,13 @@ impl Score {
         score
     }
 
+    /// What came after `earlier`, a shorter run of the same: invoker-seconds and rounds only.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let ratios = self.ratios.iter().zip(&earlier.ratios).map(|(all, before)| all - before).collect();
+        Self { invoker_seconds: self.invoker_seconds - earlier.invoker_seconds, ratios, ..Self::default() }
+    }
+
     /// Counts invokers from one moment to another, milliseconds.
     pub(super) fn invokers(&mut self, from_ms: f64, to_ms: f64, invokers: f64) {
         self.invoker_seconds += invokers * (to_ms - from_ms) / 1000.0;

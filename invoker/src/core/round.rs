@@ -370,6 +370,8 @@ impl Core {
             let (rank, weight, sequence) = (entry.rank, entry.weight, entry.sequence);
             inputs.push(Input { rank, weight, sequence, checksum: entry.checksum, values });
         }
+        let last = entries.iter().map(|entry| entry.published).max().unwrap_or(self.now);
+        metrics::waited(self.now.saturating_sub(last));
         let sequences = entries.iter().map(|entry| entry.sequence).collect();
         let partial = Partial { ledger, first: first.unwrap_or(self.now), since };
         let partition = shard.partition;

@@ -105,9 +105,10 @@ impl Shell {
     }
 
     async fn publish(&mut self, key: &JobKey, header: &ResultHeader, values: &[u8]) {
-        let frame = frame::seal(Kind::Result, header, values);
+        let (begun, frame) = (Instant::now(), frame::seal(Kind::Result, header, values));
         // A result that does not arrive is asked for by its workers.
         let _ = self.connection.client.publish(subjects::result(key), frame).await;
+        metrics::published(begun.elapsed());
     }
 
     fn clear_suspect(&self, partition: Partition) {

@@ -5,6 +5,7 @@ mod error;
 mod events;
 mod job;
 mod model;
+mod record;
 mod status;
 
 use std::{
@@ -24,6 +25,7 @@ pub(crate) use dead_letter::{DeadLetterCommand, dead_letter};
 pub(crate) use error::{Complaint, describe as describe_error, exit_code};
 pub(crate) use events::{EventsArgs, events};
 pub(crate) use job::{JobCommand, job};
+pub(crate) use record::{RecordArgs, record};
 pub(crate) use status::status;
 
 /// For `thalweg --help`.
@@ -139,7 +141,7 @@ fn parse_url(text: &str) -> Result<String, String> {
 }
 
 /// Reads `30s`, `500ms`, or a number of seconds.
-fn parse_wait(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_wait(text: &str) -> Result<Duration, String> {
     let wait = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?,
         Err(_) => humantime::parse_duration(text).map_err(|error| error.to_string())?,

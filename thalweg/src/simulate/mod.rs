@@ -22,6 +22,7 @@ use thalweg_autoscaler::{
 
 use crate::admin::table as table_of;
 use profiles::Profiles;
+pub(crate) use read::Recorded;
 use read::Trace;
 
 /// Arguments of `thalweg simulate`.
@@ -29,7 +30,7 @@ use read::Trace;
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// CSV: a cluster trace (timestamp, duration, num_gpus), iterations of one job (worker, time, batch_time_norm), or
-    /// jobs (start_s, duration_s, workers, round_bytes, think_s)
+    /// jobs as `thalweg record` writes them (start_s, duration_s, workers, round_bytes, think_s)
     #[arg(long)]
     trace: PathBuf,
     /// Policies to compare; those other than thalweg are fitted to the first part of the trace
@@ -68,6 +69,7 @@ const EXAMPLES: &str = "\
 Examples:
   thalweg simulate --trace philly.csv --policy thalweg,keda,hpa,knative --plot philly.svg
   thalweg simulate --trace job_1_norm.csv --copies 4 --json
+  thalweg record jobs.csv --for 1h && thalweg simulate --trace jobs.csv
 ";
 
 /// A policy by name.
@@ -122,6 +124,8 @@ const MOST: u16 = 1024;
 const FITTED_TO_S: f64 = 14.0 * 86_400.0;
 /// Multiple of the trace's length after which nothing is waited for any more.
 const PATIENCE: f64 = 1.5;
+/// Time that is played before a window, milliseconds.
+const LEARNING_MS: f64 = 120_000.0;
 /// Variation of think times in the windows that are played round by round.
 const VARIATION: f64 = 0.1;
 
@@ -359,12 +363,17 @@ impl Setting<'_> {
         let mut sums = (0.0, 0.0, 0.0, 0.0);
         let bar = bar(states.len(), "round by round ");
         for state in states.iter().filter(|state| !state.jobs.is_empty()) {
-            let until = state.at + length;
-            let (means, _) =
-                fluid(jobs, &mut Elastic::default(), inputs, (Some(state), until), &[], &mut |_| {});
             let fine = (&self.config, &self.constants, self.seed);
-            let thinking = Thinking::Around(VARIATION);
-            let (rounds, _) = events(jobs, &mut Elastic::default(), fine, (state, until), &thinking);
+            // What the policy does while it learns the jobs' rhythm anew is no part of the comparison.
+            let (begin, end) = (state.at + LEARNING_MS, state.at + LEARNING_MS + length);
+            let [(means_before, rounds_before), (means, rounds)] = [begin, end].map(|until| {
+                let policy = &mut Elastic::default();
+                let (means, _) = fluid(jobs, policy, inputs, (Some(state), until), &[], &mut |_| {});
+                let thinking = Thinking::Around(VARIATION);
+                let (rounds, _) = events(jobs, &mut Elastic::default(), fine, (state, until), &thinking);
+                (means, rounds)
+            });
+            let (means, rounds) = (means.since(&means_before), rounds.since(&rounds_before));
             let off = |means: f64, rounds: f64| (means / rounds - 1.0).abs();
             let (cost, ratio) = (
                 off(means.invoker_seconds, rounds.invoker_seconds),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thalweg_autoscaler::trace::TraceJob;
 
 use super::profiles::Profiles;
@@ -35,14 +35,16 @@ struct Iteration {
     batch_time_norm: f64,
 }
 
-/// Jobs of which everything is known.
-#[derive(Debug, Deserialize)]
-struct Recorded {
-    start_s: f64,
-    duration_s: f64,
-    workers: f64,
-    round_bytes: f64,
-    think_s: f64,
+/// Jobs of which everything is known: what `thalweg record` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Recorded {
+    pub(crate) start_s: f64,
+    pub(crate) duration_s: f64,
+    pub(crate) workers: f64,
+    /// Contributions of all workers.
+    pub(crate) round_bytes: f64,
+    /// From the end of a round to the last contribution to the next.
+    pub(crate) think_s: f64,
 }
 
 /// Settings of reading.
