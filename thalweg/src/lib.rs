@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod demo;
+mod health;
 mod host;
 mod metrics;
 mod models;

@@ -131,7 +131,7 @@ fn parse_job(text: &str) -> Result<JobKey, String> {
     Ok(JobKey { tenant: name(tenant)?, job: name(job)? })
 }
 
-fn parse_url(text: &str) -> Result<String, String> {
+pub(crate) fn parse_url(text: &str) -> Result<String, String> {
     match text.parse::<async_nats::ServerAddr>() {
         Ok(_) => Ok(text.to_owned()),
         Err(error) => Err(format!("{error}; expected nats://HOST:PORT")),
@@ -139,7 +139,7 @@ fn parse_url(text: &str) -> Result<String, String> {
 }
 
 /// Reads `30s`, `500ms`, or a number of seconds.
-fn parse_wait(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_wait(text: &str) -> Result<Duration, String> {
     let wait = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?,
         Err(_) => humantime::parse_duration(text).map_err(|error| error.to_string())?,
