@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -186,6 +187,8 @@ class Deployment:
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image, made of a copy of this tree with its crates beside it, as the engine may have no network."""
+    # Told to stop, it takes down what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("told to stop"))
     name = os.environ.get("THALWEG_TEST_IMAGE") or "thalweg:test"
     build = not os.environ.get("THALWEG_TEST_IMAGE")
     with standins("nats", "prom/prometheus", *(["rust"] if build else []), keep=KEEP):
