@@ -12,6 +12,7 @@ ARGS ?=
 CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 THALWEG = $(CARGO_TARGET_DIR)/release/thalweg
 # The server the tests are written against. The demo and the benchmarks take any that is recent enough.
 TEST_NATS_VERSION = 2.15.1
@@ -99,6 +100,19 @@ test-python: python ## run the Python package's tests, and check its types and s
 test-torch: $(TORCH_ENV)/.made
 	$(WITH_TEST_NATS) env -C sdk/python ../../$(TORCH_ENV)/bin/python -m pytest tests/test_torch.py tests/test_rounds.py \
 		--deselect tests/test_rounds.py::test_bfloat16_goes_in_and_out
+
+# Takes minutes, most of it for the image. CI sets REQUIRE_DOCKER where it has found an engine.
+.PHONY: test-compose
+test-compose: $(PYTHON_ENV)/.made ## run docker-compose.yml for real: up, trains, what dies, what is lost (needs a Docker Engine)
+	@if docker version >/dev/null 2>&1 && command -v docker-compose >/dev/null; then \
+	echo "pytest deploy/compose"; $(PYTHON_ENV)/bin/python -m pytest -rs -s deploy/compose/test_compose.py; else \
+	echo "SKIPPED: what needs a Docker Engine and docker-compose of the tests of docker-compose.yml"; \
+	test -z "$(REQUIRE_DOCKER)" && $(PYTHON_ENV)/bin/python -m pytest -rs deploy/compose/test_compose.py; fi
+
+.PHONY: image
+image: ## build the container image thalweg:VERSION (ARGS=... for docker build, such as --build-arg FEATURES=kubernetes)
+	docker build --tag thalweg:$(VERSION) --build-arg VERSION=$(VERSION) \
+		--build-arg COMMIT="$$(git rev-parse --short=12 HEAD 2>/dev/null)" $(ARGS) .
 
 # Optimised, and with the binary in it; what `pip install` takes.
 .PHONY: wheel

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use thalweg_telemetry::config::{Loader, dump, parse_override};
 
-use crate::{admin, bench, config::Config, demo, doctor, services, simulate, up};
+use crate::{admin, bench, config::Config, demo, doctor, health, services, simulate, up};
 
 /// Elastic, exactly-once aggregation of gradients.
 ///
@@ -14,7 +14,7 @@ use crate::{admin, bench, config::Config, demo, doctor, services, simulate, up};
 /// worker processes. `thalweg up` is the same service for your own training loops. On several machines,
 /// run `gateway`, `store`, `autoscaler` and `invoker` against one NATS server, in any order.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, after_help = admin::EXIT_CODES)]
+#[command(version = env!("THALWEG_VERSION"), propagate_version = true, after_help = admin::EXIT_CODES)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -47,6 +47,8 @@ enum Command {
     /// Examines the configuration, this host and the deployment; each finding comes with its remedy
     #[command(after_help = DOCTOR)]
     Doctor(DoctorArgs),
+    /// Whether a process of this host is ready, and what it waits for; for health checks of containers
+    Health(health::Args),
     /// Completions for a shell, on standard output
     #[command(after_help = COMPLETIONS)]
     Completions {
@@ -59,7 +61,7 @@ enum Command {
         /// The directory; created if it is not there
         directory: PathBuf,
     },
-    /// Trains a model on handwritten digits with worker processes through an embedded service
+    /// Trains a model on handwritten digits with worker processes, through an embedded service or any other
     Demo(demo::Args),
     /// Measures all-reduce and the store, with results checked
     Bench(bench::Args),
@@ -282,6 +284,7 @@ impl Cli {
                 let config = Config::load(&args.common.loader(&[]));
                 runtime()?.block_on(doctor::run(config, args.timeout, args.json))
             }
+            Command::Health(args) => health::run(args),
             Command::Completions { shell } => {
                 // Into memory first: it panics where it cannot write.
                 let mut text = Vec::new();

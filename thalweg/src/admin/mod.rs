@@ -133,7 +133,7 @@ fn parse_job(text: &str) -> Result<JobKey, String> {
     Ok(JobKey { tenant: name(tenant)?, job: name(job)? })
 }
 
-fn parse_url(text: &str) -> Result<String, String> {
+pub(crate) fn parse_url(text: &str) -> Result<String, String> {
     match text.parse::<async_nats::ServerAddr>() {
         Ok(_) => Ok(text.to_owned()),
         Err(error) => Err(format!("{error}; expected nats://HOST:PORT")),

@@ -1,9 +1,10 @@
-//! `thalweg demo`: a real model, trained by worker processes through the embedded service, compared with
-//! the same training in one process.
+//! `thalweg demo`: a real model, trained by worker processes through the embedded service or another one, compared
+//! with the same training in one process.
 
 mod digits;
 mod mlp;
 mod report;
+mod service;
 
 pub(crate) use report::quantile;
 
@@ -20,18 +21,18 @@ use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use thalweg_protocol::{Durability, FunctionSpec};
-use thalweg_sdk::{Client, Job, JoinOptions};
+use thalweg_sdk::{Client, Job, JobKey, JoinOptions, Name};
 
-use crate::{config::Config, up};
+use crate::{admin, config::Config, up};
 use digits::Digits;
 use report::{Outcome, Sample};
+use service::{Deployment, Service};
 
 /// Seed of the split, the initial parameters and the batches.
 const SEED: u64 = 1;
 const BATCH: usize = 128;
 const LEARNING_RATE: f32 = 0.2;
 const MOMENTUM: f32 = 0.9;
-const JOB: &str = "digits";
 /// Small shards, so that even this small model is spread over several partitions.
 const SHARD_BYTES: u32 = 8 * 1024;
 
@@ -51,8 +52,18 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// Keep the service's files here instead of in a temporary directory
-    #[arg(long)]
+    #[arg(long, conflicts_with = "nats_url")]
     data_dir: Option<PathBuf>,
+    /// Train through the service that runs at this NATS server instead of one of the demo's own
+    #[arg(long, value_name = "URL", value_parser = admin::parse_url)]
+    nats_url: Option<String>,
+    /// Name of the job, in the tenant `default`. A job that was broken off is trained on from where it stands; one demo
+    /// at a time can train it
+    #[arg(long, default_value = "digits", value_parser = job_name)]
+    job: Name,
+    /// Leave the job in the service at the end
+    #[arg(long, requires = "nats_url")]
+    keep_job: bool,
 }
 
 /// Arguments of a worker process.
@@ -60,6 +71,8 @@ pub struct Args {
 pub struct WorkerArgs {
     #[arg(long)]
     url: String,
+    #[arg(long, value_parser = job_name)]
+    job: Name,
     #[arg(long)]
     rank: u32,
     #[arg(long)]
@@ -79,6 +92,10 @@ pub(crate) fn durability(text: &str) -> Result<Durability, String> {
         "disk" => Ok(Durability::Disk),
         _ => Err("expected `process` or `disk`".to_owned()),
     }
+}
+
+fn job_name(text: &str) -> Result<Name, String> {
+    text.parse::<Name>().map_err(|error| error.to_string())
 }
 
 /// What a worker process tells, a line of JSON each.
@@ -104,9 +121,18 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let directory = args.data_dir.as_deref().unwrap_or(temporary.path());
     std::fs::create_dir_all(directory)?;
     let begun = Instant::now();
-    let service = up::Service::start(config(directory)).await?;
+    let service = match &args.nats_url {
+        None => Service::own(up::Service::start(config(directory)).await?),
+        Some(url) => {
+            // What the library has to say while it waits for a part of the service.
+            let log = Config::default().log;
+            thalweg_telemetry::logs::init("warn,thalweg=info,thalweg_sdk=info,async_nats=error", log.format)?;
+            let key = JobKey { tenant: "default".parse::<Name>()?, job: args.job.clone() };
+            Service::Other(Box::new(Deployment::at(url, key, args.rounds).await?))
+        }
+    };
     let outcome = train(&args, &service, directory, begun).await;
-    let stopped = service.stop().await;
+    let stopped = service.end(args.keep_job || outcome.is_err()).await;
     let outcome = outcome?;
     stopped?;
     let mut out = std::io::stdout().lock();
@@ -133,12 +159,7 @@ fn config(directory: &Path) -> Config {
     config
 }
 
-async fn train(
-    args: &Args,
-    service: &up::Service,
-    directory: &Path,
-    begun: Instant,
-) -> anyhow::Result<Outcome> {
+async fn train(args: &Args, service: &Service, directory: &Path, begun: Instant) -> anyhow::Result<Outcome> {
     let parameters = directory.join("parameters.f32");
     let (lines, received) = mpsc::channel();
     let mut workers = Vec::new();
@@ -146,7 +167,6 @@ async fn train(
         workers.push(spawn(args, service.url(), rank, &parameters, lines.clone())?);
     }
     drop(lines);
-    let mut status = service.status();
     let bar = progress(args);
     let mut outcome = Outcome::new(args.workers, args.rounds, args.durability);
     let mut recent: VecDeque<Instant> = VecDeque::new();
@@ -173,14 +193,11 @@ async fn train(
         while recent.front().is_some_and(|at| at.elapsed() > Duration::from_secs(1)) {
             recent.pop_front();
         }
-        let now = status.borrow_and_update().clone();
+        let now = service.pool();
         outcome.sample(Sample { at: begun.elapsed(), invokers: now.invokers });
-        bar.set_prefix(format!(
-            "{} rounds/s, depth {} messages, {} invokers",
-            recent.len() / args.workers as usize,
-            now.depth_messages,
-            now.invokers
-        ));
+        let depth = now.depth.map_or(String::new(), |depth| format!("depth {depth} messages, "));
+        let rate = recent.len() / args.workers as usize;
+        bar.set_prefix(format!("{rate} rounds/s, {depth}{} invokers", now.invokers));
         if !open {
             break;
         }
@@ -193,13 +210,14 @@ async fn train(
     }
     outcome.seconds = begun.elapsed().as_secs_f64();
     bar.set_message("waiting for the pool to shrink to nothing");
-    let until = Instant::now() + Duration::from_secs(15);
-    while status.borrow_and_update().invokers > 0 && Instant::now() < until {
+    // That of another service may have more to do, or take its time.
+    let until = Instant::now() + if service.is_own() { Duration::from_secs(15) } else { Duration::ZERO };
+    while service.pool().invokers > 0 && Instant::now() < until {
         tick.tick().await;
-        outcome.sample(Sample { at: begun.elapsed(), invokers: status.borrow().invokers });
+        outcome.sample(Sample { at: begun.elapsed(), invokers: service.pool().invokers });
     }
     bar.finish_and_clear();
-    outcome.invokers_final = status.borrow().invokers;
+    outcome.invokers_final = service.pool().invokers;
     let trained = read_parameters(&parameters)?;
     tokio::task::spawn_blocking(move || {
         compare(&mut outcome, &trained)?;
@@ -227,7 +245,7 @@ fn spawn(
     lines: mpsc::Sender<Line>,
 ) -> anyhow::Result<Child> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["demo-worker", "--url", url])
+        .args(["demo-worker", "--url", url, "--job", args.job.as_str()])
         .args(["--rank", &rank.to_string(), "--workers", &args.workers.to_string()])
         .args(["--rounds", &args.rounds.to_string(), "--durability", &args.durability.to_string()])
         .arg("--parameters")
@@ -253,7 +271,7 @@ fn job(args: &WorkerArgs) -> anyhow::Result<Job> {
     let sgd = FunctionSpec::named("sgd")
         .number("lr", f64::from(LEARNING_RATE))
         .number("momentum", f64::from(MOMENTUM));
-    let mut job = Job::new(JOB)?
+    let mut job = Job::new(args.job.as_str())?
         .function_spec(sgd)
         .workers(args.workers)
         .durability(args.durability)
@@ -288,13 +306,17 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let client = Client::connect(&args.url).await?;
     let initial =
         tensors(&parameters).into_iter().map(|(name, values)| (name.to_owned(), values.to_vec())).collect();
-    let options = JoinOptions { initial, ..JoinOptions::default() };
+    // A worker that was broken off takes its rank back at once.
+    let worker_id = format!("demo-{}", args.rank);
+    let options = JoinOptions { worker_id, initial, ..JoinOptions::default() };
     let mut worker = client.join_with(job(&args)?, args.rank, options).await?;
     parameters = worker.parameters().await?.concat();
     let mut out = std::io::stdout().lock();
-    for step in 0..args.rounds {
+    // The first round is 1; it is another where a job is trained on.
+    while worker.round() <= args.rounds {
         let share = BATCH / args.workers as usize;
-        let batch = mlp::batch(&train, SEED, step, args.workers as usize, args.rank as usize, share);
+        let batch =
+            mlp::batch(&train, SEED, worker.round() - 1, args.workers as usize, args.rank as usize, share);
         let (loss, gradient) = mlp::gradient(&parameters, &batch, &data);
         let begun = Instant::now();
         let round = worker.push_pull(&tensors(&gradient)).await?;
