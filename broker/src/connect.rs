@@ -3,6 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, jetstream};
+use bytes::Bytes;
+use futures::StreamExt as _;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -152,6 +154,22 @@ impl Connection {
                 let source = std::error::Error::source(&error);
                 Some(source.map_or_else(|| error.to_string(), ToString::to_string))
             }
+        }
+    }
+
+    /// Waits until the server has taken in everything that was published so far, at most for so long: a message to ourselves
+    /// comes back behind it. A flush tells only that the system has the bytes; what the server has not read when its client
+    /// ends may be lost.
+    pub async fn taken_in(&self, patience: Duration) {
+        let echo = async {
+            let inbox = self.client.new_inbox();
+            let mut heard = self.client.subscribe(inbox.clone()).await.ok()?;
+            self.client.publish(inbox, Bytes::new()).await.ok()?;
+            self.client.flush().await.ok()?;
+            heard.next().await
+        };
+        if !matches!(tokio::time::timeout(patience, echo).await, Ok(Some(_))) {
+            tracing::debug!("the last messages may not have reached NATS");
         }
     }
 

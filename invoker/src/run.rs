@@ -289,7 +289,7 @@ impl Shell {
             if self.holdings.is_drained() && !self.handovers.are_under_way() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
-                let _ = client.flush().await;
+                self.connection.taken_in(FAREWELL / 2).await;
                 let read_again_bytes = self.read_again_bytes.get();
                 tracing::info!(delivered_bytes = self.delivered_bytes, read_again_bytes, "invoker ends");
                 return Ok(());
