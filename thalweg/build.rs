@@ -1,7 +1,6 @@
 //! Tells the program which commit it was built from: `THALWEG_COMMIT` if that is set, as in an image, whose builder
 //! sees no repository; else, in optimised builds, what git says; else nothing. Whoever works on it builds many commits, and
 //! need not build this for each.
-#![expect(clippy::print_stdout, reason = "how a build script speaks to cargo")]
 
 use std::{path::Path, process::Command};
 

@@ -44,9 +44,9 @@ const EXCHANGES: usize = 4;
 /// `None` where that would not help. `loads` are those of all partitions, in any unit; invokers with less than `least` in
 /// all give nothing away.
 ///
-/// Counts stay levelled, so [`place`] keeps what was exchanged. While the heaviest invoker has more than [`HEAVY`] times
+/// Counts stay levelled, so [`place`] keeps what was exchanged. While the heaviest invoker has more than `HEAVY` times
 /// the mean, it gives the partition to the lightest (and takes one back, where it has not one more than that) that leaves
-/// the smaller largest load; at most [`EXCHANGES`] times, and not for less than [`WORTH`]. What holds a single partition
+/// the smaller largest load; at most `EXCHANGES` times, and not for less than `WORTH`. What holds a single partition
 /// that is heavy by itself keeps it.
 #[must_use]
 pub fn exchange(

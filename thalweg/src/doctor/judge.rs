@@ -157,7 +157,7 @@ fn disk(data_dir: &Path, reserve: u64) -> Vec<Finding> {
         }
     };
     let free = u64::try_from(usage.f_bsize).unwrap_or(0).saturating_mul(usage.f_bavail);
-    vec![room(&shown.to_string(), free, reserve), file_system(&shown.to_string(), i64::from(usage.f_type))]
+    vec![room(&shown.to_string(), free, reserve), file_system(&shown.to_string(), usage.f_type)]
 }
 
 fn room(place: &str, free: u64, reserve: u64) -> Finding {

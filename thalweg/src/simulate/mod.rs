@@ -48,8 +48,8 @@ pub struct Args {
     /// Jobs that a file of iterations stands for
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
     copies: u32,
-    /// Windows that are played round by round beside the means, to compare; each takes a while
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    /// Windows that are played round by round beside the means, to compare
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=1000))]
     windows: u32,
     /// Their length, seconds
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(10..=86_400))]
