@@ -23,7 +23,7 @@ RUN THALWEG_COMMIT="$COMMIT" cargo build --locked --release --package thalweg --
 # libraries' versions.
 RUN set -eu; \
     ldd /image/usr/local/bin/thalweg | grep -o '/[^ ]*' | xargs -I{} cp --dereference --parents {} /image; \
-    mkdir -p /image/etc/ssl/certs /image/var/lib/dpkg/status.d /image/var/lib/thalweg; \
+    mkdir -p /image/etc/ssl/certs /image/var/lib/dpkg/status.d /empty; \
     for package in libc6 libgcc-s1; do dpkg-query --status "$package" > "/image/var/lib/dpkg/status.d/$package"; done; \
     cp /etc/os-release /image/etc/; \
     if [ -f /etc/ssl/certs/ca-certificates.crt ]; then cp /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/; fi; \
@@ -37,8 +37,9 @@ LABEL thalweg.stage=build
 
 FROM scratch
 COPY --from=build /image /
-# A volume that is mounted here for the first time takes over its owner.
-COPY --from=build --chown=10001:10001 /image/var/lib/thalweg /var/lib/thalweg
+# A volume that is mounted here for the first time takes over its owner. It must not be there before: then it would keep
+# the one that it has.
+COPY --from=build --chown=10001:10001 /empty /var/lib/thalweg
 ARG COMMIT=
 ARG VERSION=0.1.0
 # Where the sources are published.
