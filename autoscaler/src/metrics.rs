@@ -59,8 +59,12 @@ pub fn describe() {
 }
 
 /// The shared pool's gauges have no label of a pool.
+fn labels_of(pool: Option<&Name>) -> Vec<Label> {
+    pool.map(|pool| Label::new("pool", pool.to_string())).into_iter().collect()
+}
+
 pub(crate) fn status(pool: Option<&Name>, status: &Status) {
-    let of_pool: Vec<_> = pool.map(|pool| Label::new("pool", pool.to_string())).into_iter().collect();
+    let of_pool = labels_of(pool);
     gauge!(DEPTH_MESSAGES, of_pool.clone()).set(status.depth_messages as f64);
     gauge!(DEPTH_BYTES, of_pool.clone()).set(status.depth_bytes as f64);
     gauge!(TARGET, of_pool.clone()).set(status.target as f64);
@@ -103,7 +107,7 @@ pub(crate) fn depths(pool: &Pool, depths: &[PartitionDepth]) {
 
 /// What invokers are able to do, and what they do.
 pub(crate) fn service(pool: Option<&Name>, bytes_per_s: f64, busy: f64) {
-    let of_pool: Vec<_> = pool.map(|pool| Label::new("pool", pool.to_string())).into_iter().collect();
+    let of_pool = labels_of(pool);
     gauge!(SERVICE, of_pool.clone()).set(bytes_per_s);
     gauge!(BUSY, of_pool).set(busy);
 }
