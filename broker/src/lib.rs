@@ -2,7 +2,7 @@
 //!
 //! What is here needs a NATS connection and no knowledge of any component: connecting in any start
 //! order, requests in frames, the partitions' streams, events and dead letters, the registry's
-//! compare-and-swap, and leases.
+//! compare-and-swap, leases, and what components remember of rounds.
 //! It knows no server crate, so the SDK may use it.
 
 mod connect;
@@ -13,6 +13,7 @@ pub mod metrics;
 mod registry;
 mod request;
 mod said;
+mod spans;
 pub mod stage;
 mod streams;
 
@@ -25,6 +26,7 @@ pub use lease::{LeaseConfig, LeaseKeeper};
 pub use registry::{Bucket, Conflict, Registry, RegistryError, Revision};
 pub use request::{Backoff, RequestError, request};
 pub use said::Said;
+pub use spans::{Spans, traced};
 pub use streams::{
     PartitionDepth, Pool, PoolConfig, Queue, QueueError, Queues, StreamStorage, StreamsConfig,
     consumer_epochs, ensure_streams,

@@ -14,7 +14,7 @@ use std::{
 use async_nats::jetstream;
 use futures::{StreamExt as _, future::LocalBoxFuture, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
-use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report};
+use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report, Spans};
 use thalweg_protocol::{
     Epoch, InvokerState, JobKey, Kind, Name, Partition, Placement, frame, limits, subjects,
 };
@@ -128,6 +128,7 @@ pub async fn run(
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
         holdings: Holdings::new(id.clone(), config.drain_ms),
         handovers: Handovers::new(),
+        spans: Rc::new(Spans::new("invoker", id.clone())),
         started: Instant::now(),
         work: FuturesUnordered::new(),
         busyness: Busyness::new(config.cpu_quota, scope),
@@ -195,6 +196,8 @@ struct Shell {
     inbox: String,
     holdings: Holdings,
     handovers: Handovers,
+    /// What it did for the newest rounds.
+    spans: Rc<Spans>,
     /// Time for the holdings: it must not jump with the system's clock.
     started: Instant,
     work: FuturesUnordered<LocalBoxFuture<'static, Done>>,
@@ -223,6 +226,7 @@ impl Shell {
         let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
         let control = self.control.client.clone();
         let mut asked = control.subscribe(subjects::handover(self.handovers.life())).await?;
+        let mut questions = control.subscribe(subjects::ALL_TRACES).await?;
         let mut hints = control.subscribe(subjects::registry_hint(">")).await?;
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
@@ -252,6 +256,7 @@ impl Shell {
                 // Then what is rare, or a backlog would hold it up.
                 Some(message) = asked.next() => self.asked_for(message),
                 Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
+                Some(question) = questions.next() => self.spans.answer(&control, &question).await,
                 message = deliveries.next() => match message {
                     Some(message) => self.message(message).await,
                     None => return Err("the connection to NATS was closed".into()),

@@ -61,6 +61,10 @@ pub enum Kind {
     Handover = 14,
     /// [`crate::HandedOver`].
     HandedOver = 15,
+    /// [`crate::TraceQuery`].
+    TraceQuery = 16,
+    /// [`crate::TraceReply`].
+    TraceReply = 17,
 }
 
 #[derive(Serialize)]

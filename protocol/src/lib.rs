@@ -21,6 +21,7 @@ mod schedule;
 pub mod snapshot;
 mod spec;
 pub mod subjects;
+mod trace;
 
 pub use agents::{AgentBeat, AgentReply, AgentRequest};
 pub use error::{ErrorCode, WireError};
@@ -47,3 +48,4 @@ pub use spec::{
     Dtype, Durability, FoldOrder, FunctionSpec, Init, JobSpec, Mode, NonFinite, OnLoss, ParameterGroup,
     Policy, Setting, Settings, SettingsRevision, TensorSpec,
 };
+pub use trace::{MAX_SPANS, Span, SpanId, Stage, TRACEPARENT, TraceId, TraceQuery, TraceReply};

@@ -20,6 +20,8 @@ pub const WORKER_BEAT: &str = "thalweg.beat.worker";
 pub const AGENT_BEATS: &str = "thalweg.beat.agent.*";
 /// Heartbeats of all invokers, of whatever pool.
 pub const ALL_INVOKER_BEATS: [&str; 2] = ["thalweg.beat.invoker.*", "thalweg.beat.pool.*.*"];
+/// Questions for the spans of any job; services answer, whose work is for all of them.
+pub const ALL_TRACES: &str = "thalweg.trace.>";
 /// Queue group in which gateways share requests.
 pub const GATEWAY_GROUP: &str = "gateway";
 
@@ -125,6 +127,12 @@ pub fn invoker_beat(pool: Option<&Name>, invoker: &str) -> String {
 #[must_use]
 pub fn invoker_beats(pool: Option<&Name>) -> String {
     invoker_beat(pool, "*")
+}
+
+/// Questions for the spans of a job, which its workers and all services answer.
+#[must_use]
+pub fn trace(key: &JobKey) -> String {
+    format!("thalweg.trace.{}.{}", key.tenant, key.job)
 }
 
 /// Heartbeats of one life of an agent.

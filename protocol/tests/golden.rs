@@ -22,9 +22,9 @@ use thalweg_protocol::{
     Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState,
     JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, NonFinite, Nudge, OnLoss, OpenRound, Origin,
     ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet, Reject,
-    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId, StoreId,
-    StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WIRE_VERSION, WireError,
-    WorkerRef, checksum, frame,
+    ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, Span, Stage,
+    StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec,
+    TraceQuery, TraceReply, WIRE_VERSION, WireError, WorkerRef, checksum, frame,
 };
 
 const BLESS: &str = "THALWEG_BLESS";
@@ -582,8 +582,24 @@ fn agents() -> Vec<Golden> {
     requests.into_iter().chain(replies).chain([beat]).collect()
 }
 
+fn traces() -> Vec<Golden> {
+    let span = |(place, stage)| Span {
+        stage,
+        shard: 3,
+        rank: (place % 2 == 0).then_some(70_000),
+        start_us: 1_790_000_000_000_000,
+        duration_us: 300,
+    };
+    let spans = (0..).zip(Stage::ALL).map(span).collect();
+    let reply = TraceReply { component: "worker".into(), name: "rank 1".into(), spans };
+    vec![
+        golden("trace_query", Kind::TraceQuery, TraceQuery { job: JOB, round: 300 }, &[]),
+        golden("trace_reply", Kind::TraceReply, reply, &[]),
+    ]
+}
+
 fn goldens() -> Vec<Golden> {
-    [workers_and_results(), store_messages(), api_messages(), records(), agents()]
+    [workers_and_results(), store_messages(), api_messages(), records(), agents(), traces()]
         .into_iter()
         .flatten()
         .collect()
@@ -670,13 +686,13 @@ fn frames_of_older_wire_versions_are_told_apart() {
 #[test]
 fn every_kind_has_golden_bytes() {
     let kinds: BTreeSet<_> = goldens().iter().map(|golden| golden.bytes[2]).collect();
-    assert_eq!(kinds, (1..=15).collect());
+    assert_eq!(kinds, (1..=17).collect());
     // A new kind does not compile here: then raise the number above, too.
     match Kind::Record {
         Kind::Gradient | Kind::Result | Kind::Reject | Kind::StoreRequest | Kind::StoreReply => {}
         Kind::ApiRequest | Kind::ApiReply | Kind::Record | Kind::Beat | Kind::Nudge => {}
         Kind::AgentBeat | Kind::AgentRequest | Kind::AgentReply => {}
-        Kind::Handover | Kind::HandedOver => {}
+        Kind::Handover | Kind::HandedOver | Kind::TraceQuery | Kind::TraceReply => {}
     }
 }
 

@@ -15,7 +15,7 @@ use thalweg_protocol::{
 
 /// Bytes before the header: `[version, kind, codec, checksum as bin of 8]`.
 const PRELUDE_BYTES: usize = 14;
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 14] = [
     Kind::Gradient,
     Kind::Result,
     Kind::Reject,
@@ -28,6 +28,8 @@ const KINDS: [Kind; 12] = [
     Kind::Nudge,
     Kind::Handover,
     Kind::HandedOver,
+    Kind::TraceQuery,
+    Kind::TraceReply,
 ];
 
 fn config(cases: u32) -> ProptestConfig {

@@ -18,6 +18,7 @@ use crate::{
     Error, Job, Worker,
     driver::{Driver, Shared, ask_store, read_heads, read_streams},
     engine::{Engine, Timing, first_round, held_up, void_after},
+    trace::Trace,
 };
 
 /// Longest wait for one reply of the gateway.
@@ -252,6 +253,7 @@ impl Client {
         engine.heads(&heads, streams, now);
         let results = self.subscribe(subjects::result(&worker.key)).await?;
         let rejects = self.subscribe(subjects::reject(&worker.key, rank)).await?;
+        let questions = self.subscribe(subjects::trace(&worker.key)).await?;
         let shared = Arc::new(Shared::new(engine));
         let stop = CancellationToken::new();
         let record = Arc::new(record);
@@ -264,8 +266,9 @@ impl Client {
             lease,
             window_bytes: watch::Sender::new(window_bytes),
             stop: stop.clone(),
+            trace: Trace::new(rank),
         };
-        tokio::spawn(driver.run(results, rejects));
+        tokio::spawn(driver.run(results, rejects, questions));
         Ok(Worker::new(self.clone(), record, worker, shared, stop))
     }
 

@@ -11,16 +11,19 @@ use std::{
 use async_nats::jetstream::context::PublishErrorKind;
 use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use thalweg_broker::{Connection, Registry, RequestError, Said, request};
+use thalweg_broker::{Connection, Registry, RequestError, Said, request, traced};
 use thalweg_protocol::{
     ApiReply, ApiRequest, ErrorCode, FrameError, Head, JobRecord, Kind, Ledger, MAX_HEADS, Reject,
-    ResultHeader, Round, STREAMS_KEY, ShardIndex, StoreReply, StoreRequest, Streams, WireError, WorkerRef,
-    frame, subjects,
+    ResultHeader, Round, STREAMS_KEY, ShardIndex, Stage, StoreReply, StoreRequest, Streams, WireError,
+    WorkerRef, frame, subjects,
 };
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::{Action, Engine};
+use crate::{
+    engine::{Action, Engine},
+    trace::Trace,
+};
 
 /// Longest wait for a reply of store or gateway.
 const REQUEST: Duration = Duration::from_secs(3);
@@ -88,6 +91,7 @@ pub(crate) struct Driver {
     pub(crate) lease: Duration,
     pub(crate) window_bytes: watch::Sender<u64>,
     pub(crate) stop: CancellationToken,
+    pub(crate) trace: Trace,
 }
 
 /// End of something the task waited for.
@@ -111,7 +115,12 @@ type Work = FuturesUnordered<BoxFuture<'static, Done>>;
 
 impl Driver {
     /// Runs until stopped or until nothing can ever come back.
-    pub(crate) async fn run(self, mut results: async_nats::Subscriber, mut rejects: async_nats::Subscriber) {
+    pub(crate) async fn run(
+        mut self,
+        mut results: async_nats::Subscriber,
+        mut rejects: async_nats::Subscriber,
+        mut questions: async_nats::Subscriber,
+    ) {
         let mut work: Work = FuturesUnordered::new();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -133,6 +142,10 @@ impl Driver {
                     Some(message) => self.reject(&message),
                     None => break,
                 },
+                Some(question) = questions.next() => {
+                    self.trace.answer(&self.connection.client, &question).await;
+                    Vec::new()
+                }
                 _ = ticks.tick() => self.shared.engine().tick(Instant::now()),
                 _ = beats.tick() => {
                     work.push(self.beat());
@@ -175,7 +188,7 @@ impl Driver {
         *self.window_bytes.borrow() < 2 * least
     }
 
-    async fn perform(&self, actions: Vec<Action>, work: &mut Work) {
+    async fn perform(&mut self, actions: Vec<Action>, work: &mut Work) {
         for action in actions {
             match action {
                 Action::Publish(shard, round, frame) => {
@@ -183,8 +196,11 @@ impl Driver {
                     self.shared.sent_bytes.fetch_add(len, Ordering::Relaxed);
                     let partition = self.record.partition(shard);
                     let subject = subjects::gradient(partition, &self.worker.key, self.worker.rank);
+                    let job = self.worker.job;
+                    let headers = traced((job, round), Stage::Push, shard, self.worker.rank);
+                    self.trace.sent((job, round), shard);
                     // Handing over waits only for the connection's own queue.
-                    match self.connection.jetstream.publish(subject, frame).await {
+                    match self.connection.jetstream.publish_with_headers(subject, headers, frame).await {
                         Ok(acknowledgement) => work.push(Box::pin(async move {
                             let result = acknowledgement.await;
                             Done::Published(shard, round, len, result.map(drop).map_err(|error| error.kind()))
@@ -202,7 +218,7 @@ impl Driver {
         }
     }
 
-    fn result(&self, message: &async_nats::Message) -> Vec<Action> {
+    fn result(&mut self, message: &async_nats::Message) -> Vec<Action> {
         self.shared.received_bytes.fetch_add(message.payload.len() as u64, Ordering::Relaxed);
         match frame::open::<ResultHeader>(Kind::Result, &message.payload) {
             Ok((header, values)) if header.job == self.worker.job => self.take(header, values),
@@ -218,7 +234,7 @@ impl Driver {
         }
     }
 
-    fn take(&self, header: ResultHeader, values: Bytes) -> Vec<Action> {
+    fn take(&mut self, header: ResultHeader, values: Bytes) -> Vec<Action> {
         if values.len() != self.record.layout.len(header.shard) * 4 {
             tracing::warn!(
                 shard = header.shard,
@@ -227,7 +243,12 @@ impl Driver {
             );
             return Vec::new();
         }
-        self.shared.engine().result(header.shard, header.head, header.ledger, values, Instant::now())
+        let mut engine = self.shared.engine();
+        let actions = engine.result(header.shard, header.head, header.ledger, values, Instant::now());
+        let complete = engine.is_complete();
+        drop(engine);
+        self.trace.received(header.shard, complete);
+        actions
     }
 
     fn reject(&self, message: &async_nats::Message) -> Vec<Action> {
@@ -248,11 +269,14 @@ impl Driver {
         }
     }
 
-    fn done(&self, done: Done) -> Vec<Action> {
+    fn done(&mut self, done: Done) -> Vec<Action> {
         let now = Instant::now();
         let mut engine = self.shared.engine();
         match done {
-            Done::Published(shard, round, len, Ok(())) => engine.confirmed(shard, round, len, now),
+            Done::Published(shard, round, len, Ok(())) => {
+                self.trace.stored(round, shard);
+                engine.confirmed(shard, round, len, now)
+            }
             Done::Published(_, _, len, Err(PublishErrorKind::MaxPayloadExceeded)) => {
                 let text = format!(
                     "a message of {len} bytes is larger than the NATS server allows: its max_payload was lowered \
@@ -279,7 +303,10 @@ impl Driver {
             Done::Looked(shard, Ok((head, contained))) => engine.looked(shard, head, contained, now),
             Done::Fetched(shard, Ok((head, ledger, values))) => {
                 if values.len() == self.record.layout.len(shard) * 4 {
-                    engine.result(shard, head, ledger, values, now)
+                    let actions = engine.result(shard, head, ledger, values, now);
+                    let complete = engine.is_complete();
+                    self.trace.received(shard, complete);
+                    actions
                 } else {
                     Vec::new()
                 }

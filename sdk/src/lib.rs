@@ -31,6 +31,7 @@ mod error;
 mod job;
 mod snapshot;
 mod stream;
+mod trace;
 mod worker;
 
 pub use client::{Client, JoinOptions};

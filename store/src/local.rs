@@ -5,14 +5,15 @@ use std::{
     io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use thalweg_broker::Spans;
 use thalweg_protocol::{
     Commit, CommitOutcome, Durability, Epoch, ErrorCode, Head, Incarnation, OpenRound, PartialCommit, Round,
-    ShardIndex, StoreId, StoreJob, Version, limits,
+    ShardIndex, Stage, StoreId, StoreJob, Version, limits,
 };
 
 use crate::{
@@ -85,6 +86,8 @@ struct Inner {
     reserve_bytes: u64,
     /// False once closed. Held for reading by every call, so that none slips past the last cycle.
     open: RwLock<bool>,
+    /// What it did for the newest rounds.
+    spans: Spans,
 }
 
 impl Drop for Inner {
@@ -161,8 +164,9 @@ impl LocalStore {
         };
         let flush_thread = Mutex::new(flush_thread);
         let open = RwLock::new(true);
+        let spans = Spans::new("store", id.to_string());
         let inner =
-            Inner { id, disk, index, slabs, flusher, flush_thread, boot, inline, open, reserve_bytes };
+            Inner { id, disk, index, slabs, flusher, flush_thread, boot, inline, open, reserve_bytes, spans };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -170,6 +174,11 @@ impl LocalStore {
     #[must_use]
     pub fn id(&self) -> StoreId {
         self.inner.id
+    }
+
+    /// What it did for the newest rounds, for whoever traces them.
+    pub(crate) fn spans(&self) -> &Spans {
+        &self.inner.spans
     }
 
     /// Runs a flush cycle now. Blocks.
@@ -436,6 +445,7 @@ impl ShardStore for LocalStore {
     }
 
     async fn commit(&self, commit: Commit, state: Bytes) -> Result<CommitOutcome, StoreError> {
+        let (round, shard, begun) = ((commit.job, commit.ledger.round), commit.shard, Instant::now());
         loop {
             let (again, bytes) = (commit.clone(), state.clone());
             // Taken before the attempt, so that a cycle that ends meanwhile is not missed.
@@ -443,8 +453,11 @@ impl ShardStore for LocalStore {
             let written = self.blocking(move |inner| inner.slab(again.job)?.commit(again, &bytes)).await?;
             match written {
                 Written::Done(outcome, ticket) => {
+                    self.inner.spans.ended(round, Stage::Write, shard, None, begun);
+                    let begun = Instant::now();
                     // The loser of a race sees the winner's state: that must be durable just as well.
                     self.covered(ticket).await?;
+                    self.inner.spans.ended(round, Stage::Flush, shard, None, begun);
                     metrics::committed(&outcome, state.len());
                     return Ok(outcome);
                 }

@@ -139,6 +139,8 @@ pub async fn run(
         .subscribe(subject)
         .await
         .map_err(|error| StoreError::Unavailable(error.to_string()))?;
+    let questions = connection.client.subscribe(subjects::ALL_TRACES).await;
+    let mut questions = questions.map_err(|error| StoreError::Unavailable(error.to_string()))?;
     let permits = Arc::new(Semaphore::new(config.max_requests.max(1)));
     match direct::listen(&config.data_dir) {
         Ok(listener) => {
@@ -155,6 +157,10 @@ pub async fn run(
     loop {
         let message = tokio::select! {
             message = requests.next() => message,
+            Some(question) = questions.next() => {
+                store.spans().answer(&connection.client, &question).await;
+                continue;
+            }
             _ = health.tick() => {
                 metrics::unsynced(store.unsynced_bytes());
                 if store.has_failed() {

@@ -44,6 +44,7 @@ enum Command {
     Deadletter(admin::DeadLetterCommand),
     Events(admin::EventsArgs),
     Record(admin::RecordArgs),
+    Trace(admin::TraceArgs),
     /// Examines the configuration, this host and the deployment; each finding comes with its remedy
     #[command(after_help = DOCTOR)]
     Doctor(DoctorArgs),
@@ -226,6 +227,7 @@ impl Cli {
             Command::Deadletter(command) => command.target().json,
             Command::Events(args) => args.target().json,
             Command::Record(args) => args.target().json,
+            Command::Trace(args) => args.target().json,
             Command::Doctor(args) => args.json,
             _ => false,
         }
@@ -280,6 +282,7 @@ impl Cli {
             Command::Deadletter(command) => runtime()?.block_on(admin::dead_letter(command)),
             Command::Events(args) => runtime()?.block_on(admin::events(args)),
             Command::Record(args) => runtime()?.block_on(admin::record(args)),
+            Command::Trace(args) => runtime()?.block_on(admin::trace(args)),
             Command::Doctor(args) => {
                 let config = Config::load(&args.common.loader(&[]));
                 runtime()?.block_on(doctor::run(config, args.timeout, args.json))

@@ -19,7 +19,7 @@ use std::{
 use thalweg_protocol::{ErrorCode, Incarnation, JobKey, JobLoad, Partition, Reject, ShardIndex, WireError};
 
 pub(crate) use types::may_pass;
-pub use types::{Action, Delivery, Event, FoldError, Input, InvocationId, Millis, Plan, ShardKey};
+pub use types::{Action, Delivery, Event, FoldError, Gathered, Input, InvocationId, Millis, Plan, ShardKey};
 
 use crate::{Job, holdings::Rest, metrics};
 use round::Invocation;

@@ -8,7 +8,8 @@ use thalweg_protocol::{
 use thalweg_store::{Standing, StoreError};
 
 use super::{
-    Action, Core, FoldError, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone, may_pass,
+    Action, Core, FoldError, Gathered, Input, InvocationId, Millis, Plan, RETRY_MS, ShardKey, Timer, gone,
+    may_pass,
     partial::{NUDGED_EARLY_MS, foldable},
     shard::{Gathering, Known, Payload, Shard},
 };
@@ -370,12 +371,15 @@ impl Core {
             let (rank, weight, sequence) = (entry.rank, entry.weight, entry.sequence);
             inputs.push(Input { rank, weight, sequence, checksum: entry.checksum, values });
         }
-        let last = entries.iter().map(|entry| entry.published).max().unwrap_or(self.now);
+        let newest = entries.iter().max_by_key(|entry| (entry.published, entry.sequence));
+        let last = newest.map_or(self.now, |entry| entry.published);
+        let last_rank = newest.map(|entry| entry.rank);
         metrics::waited(self.now.saturating_sub(last));
         let sequences = entries.iter().map(|entry| entry.sequence).collect();
         let partial = Partial { ledger, first: first.unwrap_or(self.now), since };
         let partition = shard.partition;
-        let plan = Plan { job, shard: key.1, round, expect, partition, inputs, suspend, careful };
+        let gathered = Gathered { first: partial.first.min(last), last, last_rank };
+        let plan = Plan { job, shard: key.1, round, expect, partition, inputs, suspend, careful, gathered };
         self.next_id += 1;
         let id = self.next_id;
         self.actions.push(Action::Fold(id, plan.clone()));

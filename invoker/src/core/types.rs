@@ -143,6 +143,19 @@ pub struct Plan {
     pub suspend: bool,
     /// Write a suspect record before each contribution (rule P18).
     pub careful: bool,
+    /// How the contributions came.
+    pub gathered: Gathered,
+}
+
+/// How the contributions of a fold came together, by the broker's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gathered {
+    /// When it stored the first one of the round.
+    pub first: Millis,
+    /// When it stored the last one of this fold.
+    pub last: Millis,
+    /// Whose that was.
+    pub last_rank: Option<Rank>,
 }
 
 impl Plan {

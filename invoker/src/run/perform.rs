@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use thalweg_broker::stage;
-use thalweg_protocol::{JobKey, Kind, Partition, ResultHeader, WireError, frame, subjects};
+use thalweg_broker::{Spans, stage, traced};
+use thalweg_protocol::{JobKey, Kind, Partition, ResultHeader, Span, Stage, WireError, frame, subjects};
 
-use super::{Done, Shell};
+use super::{Done, Shell, now};
 use crate::{
     Job,
-    core::{Action, Event, FoldError, InvocationId, Plan, ShardKey},
+    core::{Action, Event, FoldError, Gathered, InvocationId, Millis, Plan, ShardKey},
     fold::{FoldContext, fold},
     metrics,
     partition::clear_suspect,
@@ -36,19 +36,24 @@ impl Shell {
                 Action::ReadHead(key) => self.read_head(key),
                 Action::Fold(id, plan) => self.fold(id, plan),
                 Action::Commit(id, commit, state) => {
-                    let (store, begun) = (self.store.clone(), Instant::now());
+                    let (store, spans, begun) = (self.store.clone(), self.spans.clone(), Instant::now());
+                    let (round, shard) = ((commit.job, commit.ledger.round), commit.shard);
                     stage::reached(stage::BEFORE_COMMIT);
                     self.work.push(Box::pin(async move {
                         let result = store.commit(commit, state).await;
                         metrics::committed(begun.elapsed());
+                        spans.ended(round, Stage::Commit, shard, None, begun);
                         Done::Event(Event::Committed(id, result))
                     }));
                 }
                 Action::CommitPartial(id, commit, fold) => {
-                    let store = self.store.clone();
+                    let (store, spans, begun) = (self.store.clone(), self.spans.clone(), Instant::now());
+                    let (round, shard) = ((commit.job, commit.partial.ledger.round), commit.shard);
                     stage::reached(stage::BEFORE_PARTIAL);
                     self.work.push(Box::pin(async move {
-                        Done::Event(Event::Committed(id, store.commit_partial(commit, fold).await))
+                        let result = store.commit_partial(commit, fold).await;
+                        spans.ended(round, Stage::Commit, shard, None, begun);
+                        Done::Event(Event::Committed(id, result))
                     }));
                 }
                 Action::ClearSuspect(partition) => self.clear_suspect(partition),
@@ -106,9 +111,12 @@ impl Shell {
 
     async fn publish(&mut self, key: &JobKey, header: &ResultHeader, values: &[u8]) {
         let (begun, frame) = (Instant::now(), frame::seal(Kind::Result, header, values));
+        let (round, shard) = ((header.job, header.head.version), header.shard);
+        let headers = traced(round, Stage::Publish, shard, 0);
         // A result that does not arrive is asked for by its workers.
-        let _ = self.connection.client.publish(subjects::result(key), frame).await;
+        let _ = self.connection.client.publish_with_headers(subjects::result(key), headers, frame).await;
         metrics::published(begun.elapsed());
+        self.spans.ended(round, Stage::Publish, shard, None, begun);
     }
 
     fn clear_suspect(&self, partition: Partition) {
@@ -158,12 +166,13 @@ impl Shell {
     fn fold(&self, id: InvocationId, plan: Plan) {
         let (store, connection) = (self.store.clone(), self.connection.clone());
         let (registry, invoker) = (self.registry.clone(), self.id.clone());
-        let read_again = self.read_again_bytes.clone();
+        let (read_again, spans) = (self.read_again_bytes.clone(), self.spans.clone());
         let held = self.holdings.get(plan.partition);
         let (stream_created, suspect) =
             held.map_or((0, None), |held| (held.stream_created, held.suspect.clone()));
         self.work.push(Box::pin(async move {
             let begun = Instant::now();
+            gathered(&spans, &plan);
             let context = FoldContext {
                 store: &*store,
                 queues: &connection.jetstream,
@@ -175,8 +184,24 @@ impl Shell {
             };
             let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
             metrics::folded(begun.elapsed());
+            spans.ended((plan.job.record.incarnation, plan.round), Stage::Fold, plan.shard, None, begun);
             let bytes = if result.is_ok() { plan.input_bytes() } else { 0 };
             Done::Folded(Event::Folded(id, result), bytes)
         }));
     }
+}
+
+/// What a fold that begins now had to wait for.
+fn gathered(spans: &Spans, plan: &Plan) {
+    let round = (plan.job.record.incarnation, plan.round);
+    let Gathered { first, last, last_rank } = plan.gathered;
+    let span = |stage, rank, from: Millis, to: Millis| Span {
+        stage,
+        shard: plan.shard,
+        rank,
+        start_us: from * 1000,
+        duration_us: to.saturating_sub(from) * 1000,
+    };
+    spans.keep(round, span(Stage::Gather, last_rank, first, last));
+    spans.keep(round, span(Stage::Queue, None, last, now()));
 }

@@ -7,6 +7,7 @@ use proptest::{
     collection::{btree_map, vec},
     num, option,
     prelude::*,
+    sample,
 };
 use thalweg_protocol::{
     AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
@@ -14,9 +15,9 @@ use thalweg_protocol::{
     Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState,
     JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound,
     Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet,
-    Reject, ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, StateId,
-    StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec, WireError,
-    WorkerRef, frame,
+    Reject, ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, Span, Stage,
+    StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec,
+    TraceQuery, TraceReply, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -92,6 +93,9 @@ messages! {
         true => AgentRequest::Start { invoker },
         false => AgentRequest::Stop { invoker },
     });
+    TraceQuery: TraceQuery, (incarnation(), U64).prop_map(|(job, round)| TraceQuery { job, round });
+    TraceReply: TraceReply, (text(), text(), vec(span(), 0..40))
+        .prop_map(|(component, name, spans)| TraceReply { component, name, spans });
     AgentReply: AgentReply, prop_oneof![
         U64.prop_map(|changes| AgentReply::Done { changes }),
         wire_error().prop_map(AgentReply::Error),
@@ -110,6 +114,12 @@ fn number() -> impl Strategy<Value = f64> {
 
 fn incarnation() -> impl Strategy<Value = Incarnation> {
     any::<[u8; 16]>().prop_map(Incarnation)
+}
+
+fn span() -> impl Strategy<Value = Span> {
+    (sample::select(&Stage::ALL[..]), U32, option::of(U32), U64, U64).prop_map(
+        |(stage, shard, rank, start_us, duration_us)| Span { stage, shard, rank, start_us, duration_us },
+    )
 }
 
 fn store_id() -> impl Strategy<Value = StoreId> {

@@ -7,6 +7,7 @@ mod job;
 mod model;
 mod record;
 mod status;
+mod trace;
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -27,6 +28,7 @@ pub(crate) use events::{EventsArgs, events};
 pub(crate) use job::{JobCommand, job};
 pub(crate) use record::{RecordArgs, record};
 pub(crate) use status::status;
+pub(crate) use trace::{TraceArgs, trace};
 
 /// For `thalweg --help`.
 pub(crate) const EXIT_CODES: &str = "\
