@@ -117,10 +117,11 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), StoreError> {
     report(Some("waiting for the registry"));
+    let jobs = store.list().await?.len();
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
     loop {
         let announced = match Registry::open(&connection.jetstream).await {
-            Ok(registry) => announce(&registry, store.id(), store.usage().jobs, &config).await,
+            Ok(registry) => announce(&registry, store.id(), jobs, &config).await,
             Err(error) => Err(StoreError::Unavailable(error.to_string())),
         };
         match announced {
@@ -152,8 +153,9 @@ pub async fn run(
     report(None);
     tracing::info!(id = %store.id(), "store serves");
     let mut health = tokio::time::interval(Duration::from_millis(250));
-    let mut room = tokio::time::interval(ROOM_INTERVAL);
-    let mut scarce = false;
+    let stop = shutdown.child_token();
+    let _stopped = stop.clone().drop_guard();
+    tokio::spawn(watch_room(store.clone(), stop));
     loop {
         let message = tokio::select! {
             message = requests.next() => message,
@@ -166,10 +168,6 @@ pub async fn run(
                 if store.has_failed() {
                     return Err(StoreError::Unavailable("the store's disk failed; see the log".to_owned()));
                 }
-                continue;
-            }
-            _ = room.tick() => {
-                look_for_room(&store, &mut scarce);
                 continue;
             }
             () = shutdown.cancelled() => None,
@@ -198,19 +196,27 @@ pub async fn run(
 /// How often the room on the disk is looked at.
 const ROOM_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Tells how much of the disk is free, and warns once when it becomes too little.
-fn look_for_room(store: &LocalStore, scarce: &mut bool) {
-    metrics::usage(store.usage());
-    let Ok((free, reserve)) = store.room() else { return };
-    metrics::free(free);
-    if free < reserve && !*scarce {
-        tracing::warn!(
-            free,
-            reserve,
-            "the disk is nearly full: no more jobs or snapshots until there is room (store.reserve_bytes)"
-        );
+/// Tells how much of the disk is free and taken, and warns once when it becomes too little, until `stop`.
+async fn watch_room(store: LocalStore, stop: CancellationToken) {
+    let mut looks = tokio::time::interval(ROOM_INTERVAL);
+    let mut scarce = false;
+    while stop.run_until_cancelled(looks.tick()).await.is_some() {
+        let store = store.clone();
+        // The files of all jobs are asked for their lengths, by a disk that may be slow.
+        let looked = tokio::task::spawn_blocking(move || (store.usage(), store.room())).await;
+        let Ok((usage, room)) = looked else { continue };
+        metrics::usage(usage);
+        let Ok((free, reserve)) = room else { continue };
+        metrics::free(free);
+        if free < reserve && !scarce {
+            tracing::warn!(
+                free,
+                reserve,
+                "the disk is nearly full: no more jobs or snapshots until there is room (store.reserve_bytes)"
+            );
+        }
+        scarce = free < reserve;
     }
-    *scarce = free < reserve;
 }
 
 /// Answers one request: a frame for a frame.
