@@ -30,6 +30,8 @@ PYTHON_ENV = .venv
 # PyTorch is the distribution's, with the distribution's Python and numpy.
 TORCH_ENV = .venv-torch
 SYSTEM_PYTHON ?= /usr/bin/python3
+# A current one is from PyPI.
+TORCH_CURRENT_ENV = .venv-torch-current
 PYTHON_PACKAGE = sdk/python/python/thalweg
 
 .PHONY: help
@@ -67,6 +69,8 @@ deps: ## install what comes from the distribution (Debian, as root): PyTorch wit
 
 $(PYTHON_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
 $(PYTHON_ENV)/.made: sdk/python/requirements.txt
+$(TORCH_CURRENT_ENV)/.made: PYTHON_OF_ENV = $(PYTHON)
+$(TORCH_CURRENT_ENV)/.made: sdk/python/requirements-torch-current.txt
 $(TORCH_ENV)/.made: PYTHON_OF_ENV = $(SYSTEM_PYTHON)
 $(TORCH_ENV)/.made: VENV_FLAGS = --system-site-packages
 $(TORCH_ENV)/.made: sdk/python/requirements-torch.txt
@@ -100,6 +104,11 @@ test-python: python ## run the Python package's tests, and check its types and s
 test-torch: $(TORCH_ENV)/.made
 	$(WITH_TEST_NATS) env -C sdk/python ../../$(TORCH_ENV)/bin/python -m pytest tests/test_torch.py tests/test_rounds.py \
 		--deselect tests/test_rounds.py::test_bfloat16_goes_in_and_out
+
+# A download of 3 GB: not part of `make test`.
+.PHONY: test-torch-current
+test-torch-current: python $(TORCH_CURRENT_ENV)/.made ## run the tests of thalweg.torch with a current PyTorch from PyPI (a download of 3 GB)
+	$(WITH_TEST_NATS) env -C sdk/python ../../$(TORCH_CURRENT_ENV)/bin/python -m pytest tests/test_torch.py tests/test_rounds.py
 
 # Takes minutes, most of it for the image. CI sets REQUIRE_DOCKER where it has found an engine.
 .PHONY: test-compose
@@ -160,7 +169,7 @@ bench-python: wheel ## measure what Python adds to a round of 64 MiB (ARGS=... f
 		--rust $(CARGO_TARGET_DIR)/release/examples/rounds $(ARGS)
 
 .PHONY: diloco
-diloco: python $(TORCH_ENV)/.made ## compare DiLoCo with synchronous training, which takes hours (ARGS=... for less)
+diloco: python $(TORCH_ENV)/.made ## compare DiLoCo with synchronous training, which takes an hour (ARGS=... for less)
 	@$(WITH_NATS) $(PYTHON_ENV)/bin/python sdk/python/benchmarks/diloco.py --python $(TORCH_ENV)/bin/python \
 		--plot $(CARGO_TARGET_DIR)/diloco.png $(ARGS)
 

@@ -64,6 +64,28 @@ def workers(count: int, name: str, code: str) -> list[Any]:
     return run_workers(count, PRELUDE + code, name, str(Path(__file__).parent))
 
 
+def test_torchrun_tells_ranks_and_the_job(service: thalweg.up, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import torch, thalweg
+thalweg.init()
+mean = thalweg.push_pull(torch.full((3,), float(thalweg.rank())), name="x")
+assert mean.tolist() == [0.5] * 3, mean
+print("rank", thalweg.rank(), "of", thalweg.size(), flush=True)
+"""
+    )
+    # Without these two torchrun of PyTorch 1.13 does not start under Python 3.11, which iterates over flags otherwise.
+    logs = ["--redirects=1", "--tee=1", f"--log_dir={tmp_path / 'logs'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", *logs, str(script)]
+    source = str(Path(__file__).resolve().parent.parent / "python")
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line.partition("rank ")[2] for line in done.stdout.splitlines()} == {"0 of 2", "1 of 2"}, done.stdout
+
+
 # Tensors.
 
 
