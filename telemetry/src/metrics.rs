@@ -78,6 +78,16 @@ pub fn install() -> Result<MetricsHandle, MetricsError> {
     INSTALLED.get_or_init(install_first).clone()
 }
 
+/// What there is to show where nothing is recorded.
+///
+/// # Errors
+///
+/// As of [`install`].
+pub fn nothing() -> Result<MetricsHandle, MetricsError> {
+    let recorder = builder().map_err(|error| MetricsError::Recorder(error.to_string()))?.build_recorder();
+    Ok(MetricsHandle { prometheus: recorder.handle() })
+}
+
 fn install_first() -> Result<MetricsHandle, MetricsError> {
     let prometheus = builder()
         .and_then(PrometheusBuilder::install_recorder)

@@ -112,6 +112,7 @@ fn arguments(config: &Config, nats_url: &str) -> Vec<String> {
         ("invoker.beat_ms", invoker.beat_ms.to_string()),
         ("invoker.drain_ms", invoker.drain_ms.to_string()),
         ("invoker.linger_ms", invoker.linger_ms.to_string()),
+        ("admin.metrics", config.admin.metrics.to_string()),
         ("log.filter", config.log.filter.clone()),
         ("log.format", config.log.format.to_string()),
     ];

@@ -163,11 +163,13 @@ impl Default for Embedded {
 pub struct Admin {
     /// Address of /livez, /readyz, /metrics and /log; port 0 takes a free one. Default 127.0.0.1:9600.
     pub listen: SocketAddr,
+    /// Whether metrics are recorded. Where not, /metrics is empty. Default true.
+    pub metrics: bool,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9600)) }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9600)), metrics: true }
     }
 }
 

@@ -58,7 +58,7 @@ impl Host {
         shutdown: CancellationToken,
     ) -> anyhow::Result<Self> {
         allow_many_files();
-        let handle = metrics::install()?;
+        let handle = if config.admin.metrics { metrics::install()? } else { metrics::nothing()? };
         crate::metrics::describe();
         thalweg_broker::metrics::describe();
         thalweg_store::metrics::describe();

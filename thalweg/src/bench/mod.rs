@@ -8,6 +8,7 @@ mod elasticity;
 mod gradient;
 mod journal;
 mod load;
+mod metrics;
 mod migrate;
 mod offered;
 mod raw;
@@ -41,6 +42,8 @@ enum What {
     Contributors(contributors::Args),
     /// Jobs that share elastic invokers, against jobs with invokers of their own
     Elasticity(elasticity::Args),
+    /// What recording metrics costs
+    Metrics(metrics::Args),
     /// Moves of all partitions of a running job
     Migrate(migrate::Args),
     /// What joining, snapshots and idle jobs cost those who train
@@ -62,6 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         What::Backlog(args) => backlog::run(&args),
         What::Contributors(args) => contributors::run(&args),
         What::Elasticity(args) => elasticity::run(&args),
+        What::Metrics(args) => metrics::run(&args),
         What::Migrate(args) => migrate::run(&args),
         What::Service(args) => service::run(&args),
         What::Step(args) => step::run(&args),

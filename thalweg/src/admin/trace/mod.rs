@@ -24,8 +24,8 @@ use story::{Story, Told};
 const QUIET: Duration = Duration::from_millis(400);
 /// How often new rounds are looked for.
 const LOOK: Duration = Duration::from_millis(500);
-/// Rounds told of one look; of more than that only the newest are.
-const AT_ONCE: u64 = 8;
+/// Rounds told of at one look; of more than that only the newest are.
+const AT_ONCE: u64 = 32;
 /// Workers shown to people, the latest first.
 const SHOWN_RANKS: usize = 16;
 
@@ -53,7 +53,7 @@ pub(crate) struct TraceArgs {
     /// The round; without it the newest one that is complete
     #[arg(conflicts_with = "follow")]
     round: Option<Round>,
-    /// Tell of every round from now on, until interrupted
+    /// Tell of every round from now on, until interrupted; of a very fast job only of the newest 32 a second
     #[arg(long, short)]
     follow: bool,
     /// Send the spans to this collector, as OTLP over HTTP (JSON)
@@ -164,8 +164,9 @@ impl Teller<'_> {
                 _ = looks.tick() => bar.tick(),
             }
             let newest = client.progress(&self.args.job).await?.min;
-            for round in newest.saturating_sub(AT_ONCE).max(told) + 1..=newest {
-                let spans = self.ask(round).await?;
+            let rounds = newest.saturating_sub(AT_ONCE).max(told) + 1..=newest;
+            let answers = futures::future::try_join_all(rounds.clone().map(|round| self.ask(round))).await?;
+            for (round, spans) in rounds.zip(answers) {
                 self.export(round, &spans).await?;
                 let story = Story::of(spans);
                 let line = match self.args.target.json {

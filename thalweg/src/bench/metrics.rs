@@ -1,0 +1,159 @@
+//! `thalweg bench metrics`: what recording metrics costs, against the same deployment without.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use serde_json::{Value, json};
+use thalweg_protocol::Durability;
+
+use super::{
+    crew::{Command, Crew},
+    gradient::Gradient,
+    load::Function,
+    migrate::confidence,
+    stack::{Cpu, Invokers, Options, Stack},
+    worker::WorkerArgs,
+};
+use crate::demo::quantile;
+
+/// Arguments of `thalweg bench metrics`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Pairs of measurements that are compared
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..))]
+    pairs: u32,
+    /// Rounds of one measurement
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Size of the gradient, MiB of f32; smaller ones have more to record for each byte
+    #[arg(long, default_value_t = 64.0)]
+    mib: f64,
+    /// Worker processes
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
+    workers: u32,
+    /// Print one line of JSON and nothing else
+    #[arg(long)]
+    json: bool,
+}
+
+/// Elements of one tensor: 4 MiB.
+const TENSOR_ELEMENTS: u64 = 1 << 20;
+const WARM_UP: u32 = 3;
+
+/// A deployment, and workers that train with it.
+struct Side {
+    stack: Stack,
+    crew: Crew,
+    round: u32,
+    /// CPU seconds of each measurement.
+    cpu: Vec<f64>,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    let gradient = Gradient::Even {
+        elements: ((args.mib * f64::from(1 << 18)).round() as u64).max(1),
+        tensor_elements: TENSOR_ELEMENTS,
+    };
+    let bar = ProgressBar::new(u64::from(args.pairs)).with_message("starting");
+    if !std::io::stderr().is_terminal() || args.json {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    let mut sides = [Side::start(args, gradient, true)?, Side::start(args, gradient, false)?];
+    let measured = measure(args, &mut sides, &bar);
+    if let Err(error) = measured {
+        sides.iter().for_each(|side| side.stack.explain());
+        return Err(error);
+    }
+    bar.finish_and_clear();
+    let report = report(args, gradient, &sides);
+    let mut out = std::io::stdout().lock();
+    if !args.json {
+        writeln!(
+            out,
+            "CPU with metrics {:.3} s/GiB, without {:.3}: {:+.2} % (95 % confidence: ±{:.2})",
+            report["cpu_seconds_per_gib"]["with"].as_f64().unwrap_or(f64::NAN),
+            report["cpu_seconds_per_gib"]["without"].as_f64().unwrap_or(f64::NAN),
+            report["cost_percent_mean"].as_f64().unwrap_or(f64::NAN),
+            report["cost_percent_ci95"].as_f64().unwrap_or(f64::NAN),
+        )?;
+    }
+    writeln!(out, "{report}")?;
+    drop(out);
+    for side in sides {
+        side.crew.dismiss()?;
+        side.stack.stop()?;
+    }
+    Ok(())
+}
+
+fn measure(args: &Args, sides: &mut [Side; 2], bar: &ProgressBar) -> anyhow::Result<()> {
+    for side in &mut *sides {
+        side.rounds(WARM_UP)?;
+    }
+    for pair in 0..args.pairs {
+        bar.set_message(format!("pair {}", pair + 1));
+        // Alternating which side goes first.
+        for side in [pair % 2, (pair + 1) % 2] {
+            let side = &mut sides[side as usize];
+            let cpu = side.rounds(args.rounds)?;
+            side.cpu.push(cpu);
+        }
+        bar.inc(1);
+    }
+    Ok(())
+}
+
+impl Side {
+    fn start(args: &Args, gradient: Gradient, metrics: bool) -> anyhow::Result<Self> {
+        let stack = Stack::start(&Options {
+            invokers: Invokers::fixed(1),
+            broker_memory_bytes: (1 << 30_u64).max(2 * u64::from(args.workers) * gradient.bytes()),
+            sync_always: false,
+            settings: vec![format!("admin.metrics={metrics}")],
+            logs: None,
+        })?;
+        let mut crew = Crew::new();
+        for rank in 0..args.workers {
+            let ranks = (rank, args.workers);
+            let worker = WorkerArgs::new(stack.url(), ranks, gradient, Durability::Process, Function::Sum);
+            crew.hire(&worker.command_line())?;
+        }
+        crew.hear()?;
+        Ok(Self { stack, crew, round: 0, cpu: Vec::new() })
+    }
+
+    /// Rounds whose results are checked; the CPU seconds of the deployment that went into them. Workers record nothing.
+    fn rounds(&mut self, rounds: u32) -> anyhow::Result<f64> {
+        let cpu = |stack: &Stack| {
+            let Cpu { broker, invokers, store, gateway } = stack.cpu();
+            broker + invokers + store + gateway
+        };
+        let before = cpu(&self.stack);
+        for _ in 0..rounds {
+            self.round += 1;
+            self.crew.all(Command::Prepare { round: self.round })?;
+            self.crew.round(Command::Thalweg)?;
+            self.crew.all(Command::Check { raw: false })?;
+        }
+        Ok(cpu(&self.stack) - before)
+    }
+}
+
+fn report(args: &Args, gradient: Gradient, [with, without]: &[Side; 2]) -> Value {
+    let gib = f64::from(args.workers) * gradient.bytes() as f64 / f64::from(1 << 30) * f64::from(args.rounds);
+    let costs: Vec<_> =
+        with.cpu.iter().zip(&without.cpu).map(|(with, without)| (with / without - 1.0) * 100.0).collect();
+    json!({
+        "pairs": args.pairs,
+        "rounds": args.rounds,
+        "workers": args.workers,
+        "mib": gradient.bytes() as f64 / f64::from(1 << 20),
+        "cpu_seconds_per_gib": {
+            "with": quantile(&with.cpu, 0.5) / gib,
+            "without": quantile(&without.cpu, 0.5) / gib,
+        },
+        "cost_percent_median": quantile(&costs, 0.5),
+        "cost_percent_mean": costs.iter().sum::<f64>() / costs.len() as f64,
+        "cost_percent_ci95": confidence(&costs),
+    })
+}
