@@ -5,10 +5,11 @@ workers do is reckoned in one process without the service, from the same batches
 time; one such run is made by workers through the service as well, for its bytes and to see that it ends with the same loss.
 Prints a line of JSON for each run, then one with the comparison: the mean loss over the seeds of DiLoCo's best learning
 rate over that of the best of synchronous training, the ratio of bytes, and by how much the two ways of synchronous
-training differ. `--plot FILE` draws the curves. With `--runs FILE` the lines of the runs go there too, and what that file has already is not trained again.
+training differ. `--plot FILE` draws the curves. With `--runs FILE` the lines of the runs go there too, and what that file has already
+is not trained again.
 
-    make diloco                                                # hours, on a few cores
-    make diloco ARGS="--steps 100 --width 32 --layers 1 --rates 0.01 --seeds 1"
+    make diloco                                                # about an hour on two cores
+    make diloco ARGS="--steps 100 --width 32 --layers 1 --rates 0.01 --diloco-rates 0.01 --seeds 1"
 """
 
 from __future__ import annotations
@@ -96,20 +97,20 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="a Python with PyTorch")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--validate", type=int, default=200, help="steps between validations; the last is what counts")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--diloco-rates", type=float, nargs="+", help="of DiLoCo; the same where not given")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--diloco-rates", type=float, nargs="+", default=[2e-3], help="of DiLoCo's workers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, help="file for the lines of the runs, and of those that were made before")
     parser.add_argument("--plot", help="file for the curves (.png, .svg)")
     arguments = parser.parse_args()
     before = arguments.runs.read_text().splitlines() if arguments.runs and arguments.runs.exists() else []
     before, runs = [json.loads(line) for line in before], []
-    rates = {"diloco": arguments.diloco_rates or arguments.rates, "alone": arguments.rates}
+    rates = {"diloco": arguments.diloco_rates, "alone": arguments.rates}
     # Seed after seed, so that one that is stopped early has something to say.
     plan = [(mode, rate, seed) for seed in range(arguments.seeds) for mode in rates for rate in rates[mode]]
     plan.append(("synchronous", arguments.rates[0], 0))
