@@ -179,7 +179,6 @@ async fn rounds_are_followed_and_sent_to_a_collector() {
     let train = async {
         loop {
             all_round(&mut workers).await;
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
     };
     let (path, body) = tokio::select! {

@@ -21,6 +21,7 @@ use comfy_table::{ContentArrangement, Table, presets::NOTHING};
 use serde::Serialize;
 use thalweg_broker::Connection;
 use thalweg_sdk::{Client, Error, JobKey, NatsConfig};
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use dead_letter::{DeadLetterCommand, dead_letter};
 pub(crate) use error::{Complaint, describe as describe_error, exit_code};
@@ -84,6 +85,16 @@ impl Target {
         self.check()?;
         match tokio::time::timeout(self.timeout, Client::connect_with(&self.config())).await {
             Ok(client) => Ok(client?.patient_for(self.timeout)),
+            Err(_) => Err(self.unreachable().await.into()),
+        }
+    }
+
+    /// A connection for what the SDK does not tell, called `name` on the server.
+    async fn connection(&self, name: &str) -> anyhow::Result<Connection> {
+        self.check()?;
+        let (stop, config) = (CancellationToken::new(), self.config());
+        match tokio::time::timeout(self.timeout, Connection::open(name, &config, &stop)).await {
+            Ok(connection) => connection?.context("stopped while connecting"),
             Err(_) => Err(self.unreachable().await.into()),
         }
     }

@@ -12,10 +12,8 @@ use clap::Args;
 use futures::StreamExt as _;
 use indicatif::ProgressBar;
 use serde_json::json;
-use thalweg_broker::Connection;
 use thalweg_protocol::{InvokerBeat, JobKey, JobLoad, Kind, Round, frame, subjects};
 use thalweg_sdk::Client;
-use tokio_util::sync::CancellationToken;
 
 use super::{Target, count, parse_wait, print};
 use crate::simulate::Recorded;
@@ -57,9 +55,7 @@ impl RecordArgs {
 
 pub(crate) async fn record(args: RecordArgs) -> anyhow::Result<()> {
     let client = args.target.connect().await?;
-    let (stop, config) = (CancellationToken::new(), args.target.config());
-    let connection = Connection::open("thalweg-record", &config, &stop).await?;
-    let connection = connection.context("stopped while connecting")?;
+    let connection = args.target.connection("thalweg-record").await?;
     let [shared, pooled] = subjects::ALL_INVOKER_BEATS;
     let shared = connection.client.subscribe(shared).await?;
     let mut beats = futures::stream::select(shared, connection.client.subscribe(pooled).await?);

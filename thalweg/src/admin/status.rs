@@ -13,7 +13,6 @@ use thalweg_protocol::{
     lease_key, subjects,
 };
 use thalweg_store::{ShardStore as _, StoreClient};
-use tokio_util::sync::CancellationToken;
 
 use super::{Target, bytes, count, print, table};
 
@@ -22,14 +21,7 @@ const LISTEN: Duration = Duration::from_millis(1500);
 
 /// What runs and what it has to do.
 pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
-    let (stop, config) = (CancellationToken::new(), target.config());
-    target.check()?;
-    let opening = Connection::open("thalweg-status", &config, &stop);
-    let connection = match tokio::time::timeout(target.timeout, opening).await {
-        Ok(connection) => connection?,
-        Err(_) => return Err(target.unreachable().await.into()),
-    };
-    let Some(connection) = connection else { return Ok(()) };
+    let connection = target.connection("thalweg-status").await?;
     let server = connection.client.server_info();
     // Looking must not make anything, as opening the registry would.
     if let Err(error) = connection.jetstream.get_key_value(subjects::REGISTRY_BUCKET).await {

@@ -66,8 +66,6 @@ enum Peer {
     Raw,
 }
 
-/// Elements of one tensor: 4 MiB.
-const TENSOR_ELEMENTS: u64 = 1 << 20;
 const WARM_UP: u32 = 3;
 /// Messages of the bare pattern that are tried, KiB.
 const MESSAGE_KIB: [usize; 3] = [128, 256, 512];
@@ -143,10 +141,7 @@ struct Bench<'a> {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let gradient = match args.model {
         Some(model) => Gradient::Of { model, scale: 1.0 },
-        None => Gradient::Even {
-            elements: ((args.mib * f64::from(1 << 18)).round() as u64).max(1),
-            tensor_elements: TENSOR_ELEMENTS,
-        },
+        None => Gradient::of_mib(args.mib),
     };
     // The bare pattern has no bound on what waits in its queue but the models themselves.
     let models = u64::from(args.workers) * gradient.bytes();

@@ -15,6 +15,12 @@ pub(super) enum Gradient {
 }
 
 impl Gradient {
+    /// So many MiB of f32, in tensors of 4 MiB.
+    pub(super) fn of_mib(mib: f64) -> Self {
+        let elements = ((mib * f64::from(1 << 18)).round() as u64).max(1);
+        Self::Even { elements, tensor_elements: 1 << 20 }
+    }
+
     /// Its tensors in order.
     pub(super) fn tensors(self) -> Vec<Tensor> {
         match self {

@@ -36,8 +36,6 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Elements of one tensor: 4 MiB.
-const TENSOR_ELEMENTS: u64 = 1 << 20;
 const WARM_UP: u32 = 3;
 
 /// A deployment, and workers that train with it.
@@ -50,10 +48,7 @@ struct Side {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    let gradient = Gradient::Even {
-        elements: ((args.mib * f64::from(1 << 18)).round() as u64).max(1),
-        tensor_elements: TENSOR_ELEMENTS,
-    };
+    let gradient = Gradient::of_mib(args.mib);
     let bar = ProgressBar::new(u64::from(args.pairs)).with_message("starting");
     if !std::io::stderr().is_terminal() || args.json {
         bar.set_draw_target(ProgressDrawTarget::hidden());

@@ -5,7 +5,6 @@ mod story;
 
 use std::{io::IsTerminal as _, time::Duration};
 
-use anyhow::Context as _;
 use clap::Args;
 use futures::StreamExt as _;
 use indicatif::ProgressBar;
@@ -15,7 +14,6 @@ use thalweg_protocol::{
     Incarnation, JobKey, Kind, Round, Stage, TraceId, TraceQuery, TraceReply, frame, subjects,
 };
 use thalweg_sdk::Client;
-use tokio_util::sync::CancellationToken;
 
 use super::{Complaint, Target, count, exact_time, parse_job, print, table};
 use story::{Story, Told};
@@ -69,9 +67,7 @@ impl TraceArgs {
 
 pub(crate) async fn trace(args: TraceArgs) -> anyhow::Result<()> {
     let client = args.target.connect().await?;
-    let (stop, config) = (CancellationToken::new(), args.target.config());
-    let connection = Connection::open("thalweg-trace", &config, &stop).await?;
-    let connection = connection.context("stopped while connecting")?;
+    let connection = args.target.connection("thalweg-trace").await?;
     let job = client.job(&args.job).await?.0.incarnation;
     let teller = Teller { args: &args, connection, job };
     if args.follow {
