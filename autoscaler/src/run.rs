@@ -18,6 +18,9 @@ use crate::{
 
 /// Shortest time between observations while there is nothing to do and nobody to do it.
 const ASLEEP: Duration = Duration::from_millis(400);
+/// Time that a worker's contributions may need to their queue after it has said that it pushes; it is looked for them
+/// this often, for so long.
+const WAKING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// Time between observations of an autoscaler that only waits for its turn.
 const STANDBY: Duration = Duration::from_millis(500);
 /// The placement is read again this often, in case somebody else wrote it or the registry was lost.
@@ -86,6 +89,7 @@ pub async fn run(
         streams_ensured: false,
         placement: None,
         observes: None,
+        woken: None,
         placing_fails: false,
     };
     let result = shell.serve(&shutdown).await;
@@ -170,6 +174,8 @@ struct Shell {
     placement: Option<Known>,
     /// Failures are logged when they begin and when they end.
     observes: Option<bool>,
+    /// When a worker said that it pushes, last.
+    woken: Option<Instant>,
     placing_fails: bool,
 }
 
@@ -180,6 +186,8 @@ impl Shell {
         connects.mark_unchanged();
         let beats = self.connection.client.subscribe(subjects::invoker_beats(self.pool.name.as_ref())).await;
         let mut beats = beats.map_err(|error| AutoscalerError::Closed(error.to_string()))?;
+        let wakes = self.connection.client.subscribe(subjects::WAKE).await;
+        let mut wakes = wakes.map_err(|error| AutoscalerError::Closed(error.to_string()))?;
         let mut next_cycle = Instant::now();
         loop {
             let wake = self.controller.wake_at().map_or(next_cycle, |at| self.clock.instant(at));
@@ -200,6 +208,13 @@ impl Shell {
                     let message = message.ok_or_else(|| closed("no more beats"))?;
                     if self.beat(&message.subject, &message.payload) && !self.or_shutdown(shutdown, false).await {
                         return Ok(());
+                    }
+                }
+                Some(_) = wakes.next() => {
+                    if self.controller.leads() && self.controller.is_asleep() {
+                        let now = Instant::now();
+                        self.woken = Some(now);
+                        next_cycle = next_cycle.min(now + WAKING.0);
                     }
                 }
                 news = self.leadership.changed() => {
@@ -243,10 +258,12 @@ impl Shell {
         let tick = Duration::from_millis(self.config.tick_ms);
         if !self.controller.leads() {
             tick.max(STANDBY)
-        } else if self.controller.is_asleep() {
-            tick.max(ASLEEP)
-        } else {
+        } else if !self.controller.is_asleep() {
             tick
+        } else if self.woken.is_some_and(|at| at.elapsed() < WAKING.1) {
+            WAKING.0
+        } else {
+            tick.max(ASLEEP)
         }
     }
 

@@ -16,6 +16,9 @@ pub const EVENT_SUBJECTS: &str = "thalweg.event.>";
 pub const API: &str = "thalweg.api";
 /// Heartbeats of all workers; every gateway hears them, the leading one answers.
 pub const WORKER_BEAT: &str = "thalweg.beat.worker";
+/// An empty message, by which a worker that pushes after a rest says so: an autoscaler that looks seldom because there
+/// is nothing to do looks at once. Nothing depends on its arrival.
+pub const WAKE: &str = "thalweg.wake";
 /// Heartbeats of all agents.
 pub const AGENT_BEATS: &str = "thalweg.beat.agent.*";
 /// Heartbeats of all invokers, of whatever pool.

@@ -29,6 +29,9 @@ use crate::{
 const REQUEST: Duration = Duration::from_secs(3);
 /// How often time passes for the engine.
 const TICK: Duration = Duration::from_millis(20);
+/// A rest after which pushing is told: there may be nobody to aggregate. Shorter than any time after which invokers are
+/// taken away, by default.
+const REST: Duration = Duration::from_secs(5);
 
 /// What handle and task share.
 #[derive(Debug)]
@@ -129,6 +132,7 @@ impl Driver {
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
         let mut was_active = false;
+        let mut rests_since: Option<Instant> = None;
         let mut told = 0;
         loop {
             let actions = tokio::select! {
@@ -164,9 +168,17 @@ impl Driver {
                 let engine = self.shared.engine();
                 (engine.is_active(), engine.news())
             };
-            if active && !was_active && self.idle_window() {
-                // Back from idleness: ask for bytes in flight at once.
-                work.push(self.beat());
+            if active && !was_active {
+                if self.idle_window() {
+                    // Back from idleness: ask for bytes in flight at once.
+                    work.push(self.beat());
+                }
+                if rests_since.is_none_or(|since| since.elapsed() >= REST) {
+                    // Behind the contributions. One that is lost costs a moment.
+                    let _ = self.connection.client.publish(subjects::WAKE, Bytes::new()).await;
+                }
+            } else if was_active && !active {
+                rests_since = Some(Instant::now());
             }
             was_active = active;
             // Each call may wake a thread, so not for every confirmation.

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use thalweg_protocol::{ErrorCode, FunctionSpec, JobKey};
+use futures::StreamExt as _;
+use thalweg_protocol::{ErrorCode, FunctionSpec, JobKey, subjects};
 use thalweg_sdk::{Client, Error, JoinOptions};
 use thalweg_tests::{
     embedded::Embedded,
@@ -88,6 +89,23 @@ async fn the_pool_grows_from_nothing_and_shrinks_to_nothing() {
         eprintln!("{name}: three rounds from zero invokers in {:?}", begun.elapsed());
         eventually("the pool to be empty again", async || status.borrow().invokers == 0).await;
     }
+    service.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_says_that_it_pushes_after_a_rest_and_not_with_every_round() {
+    let service = Embedded::start(|_| {}).await;
+    let listener = async_nats::connect(service.service().url()).await.expect("connected");
+    let mut wakes = listener.subscribe(subjects::WAKE).await.expect("subscribed");
+    listener.flush().await.expect("subscribed");
+    train(&service.client, "woken", sgd(), 1, 3).await;
+    // What was said in the first round lies before the contributions of the second.
+    listener.publish(subjects::WAKE, "the end".into()).await.expect("sent");
+    let mut heard = 0;
+    while wakes.next().await.expect("a message").payload.is_empty() {
+        heard += 1;
+    }
+    assert_eq!(heard, 1);
     service.stop().await;
 }
 
