@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_nats::Subject;
@@ -34,8 +34,8 @@ pub struct Holding {
     pub suspect: Option<Suspect>,
     /// Acknowledgement subjects by sequence.
     pub replies: HashMap<u64, Subject>,
-    /// That it was handed over in order, if it was.
-    pub handed_over: Option<HandedOver>,
+    /// How long nobody had served it when it was handed over in order, if it was, and when we began to.
+    pub handed_over: Option<(Duration, SystemTime)>,
     /// Next sequence of the consumer; a gap means that deliveries were lost on the way.
     next_delivery: u64,
     credit: u64,
@@ -51,6 +51,13 @@ pub struct HandedOver {
     pub unserved: Duration,
     /// When that was heard.
     pub heard: Instant,
+}
+
+impl HandedOver {
+    /// It is served again from now on.
+    fn ends(self) -> (Duration, SystemTime) {
+        (self.unserved + self.heard.elapsed(), SystemTime::now())
+    }
 }
 
 /// What became of asking a former holder for a partition.
@@ -172,7 +179,7 @@ pub async fn take_over(
         stream_created,
         suspect,
         replies: HashMap::new(),
-        handed_over,
+        handed_over: handed_over.map(HandedOver::ends),
         next_delivery: 1,
         credit: 0,
         pending: 0,
@@ -247,6 +254,13 @@ impl Holding {
         let in_order = consumer_sequence == self.next_delivery;
         self.next_delivery = consumer_sequence + 1;
         in_order
+    }
+
+    /// How long the first message since the handover has waited because of it: from when it was published, or nobody
+    /// served any more, until somebody did. `None` for any other message.
+    pub(crate) fn waited(&mut self, published: SystemTime) -> Option<Duration> {
+        let (unserved, served) = self.handed_over.take()?;
+        Some(served.duration_since(published).unwrap_or_default().min(unserved))
     }
 
     /// Notes how many messages the broker has left for us.

@@ -176,7 +176,7 @@ async fn open_registry(connection: &Connection, shutdown: &CancellationToken) ->
 /// End of something the shell waited for.
 enum Done {
     Event(Event),
-    /// A fold has ended, of so many bytes.
+    /// A fold has ended, of so many bytes of contributions and of their result.
     Folded(Event, u64),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
     /// This consumer of ours is gone.
@@ -331,7 +331,7 @@ impl Shell {
         };
         let (sequence, consumer_sequence) = (info.stream_sequence, info.consumer_sequence);
         let pending = info.pending;
-        let published = u64::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+        let published = u64::try_from(info.published.unix_timestamp_nanos()).unwrap_or(0);
         let partition = info.stream.rsplit('_').next().and_then(|token| token.parse::<Partition>().ok());
         let Some(partition) = partition else { return };
         let (sequences, elapsed) = ((consumer_sequence, sequence), self.elapsed());
@@ -340,6 +340,11 @@ impl Shell {
             Delivered::Ours => {
                 if let Some(held) = self.holdings.pulled(partition) {
                     held.left(pending);
+                    let waited = held.waited(UNIX_EPOCH + Duration::from_nanos(published));
+                    if let Some(waited) = waited.filter(|waited| !waited.is_zero()) {
+                        let (epoch, waited_ms) = (held.epoch, waited.as_secs_f64() * 1e3);
+                        tracing::info!(partition, epoch, waited_ms, "first message since the handover");
+                    }
                 }
             }
             Delivered::NotOurs => return,
@@ -347,6 +352,7 @@ impl Shell {
         }
         let async_nats::Message { subject, payload: frame, .. } = message.message;
         self.average_bytes = (7 * self.average_bytes + frame.len()) / 8;
+        let published = published / 1_000_000;
         let delivery = Delivery { partition, sequence, published, subject: subject.to_string(), frame };
         let actions = self.core.handle(Event::Delivered(delivery), now());
         self.perform(actions).await;

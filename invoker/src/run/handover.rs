@@ -160,9 +160,8 @@ impl Shell {
 /// Tells how long a partition that was taken over in order had no holder.
 pub(super) fn note(partition: Partition, epoch: Epoch, result: &Result<Takeover, TakeoverError>) {
     if let Ok(Takeover::Held { partition: held, .. }) = result
-        && let Some(handed_over) = held.handed_over
+        && let Some((unserved, _)) = held.handed_over
     {
-        let unserved = handed_over.unserved + handed_over.heard.elapsed();
         metrics::handed_over(unserved);
         tracing::info!(partition, epoch, unserved_ms = unserved.as_secs_f64() * 1e3, "handed over");
     }

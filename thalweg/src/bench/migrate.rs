@@ -28,9 +28,9 @@ use crate::{demo::quantile, models::Model};
 /// A job trains the tensors of a real model on invokers that the benchmark itself places partitions on. Rounds come in
 /// pairs: in one of the two, at some moment, every partition is placed on another invoker.
 ///
-/// suspension_ms: of each move, the longest time that any partition had no holder, from the last moment at which the
-/// old one served it to the first at which the new one does, whether or not messages were waiting (so an upper bound
-/// of what anybody waited); mean and maximum over the moves. round_extra_ms: how much longer the round with the move
+/// suspension_ms: of each move, the longest time that any partition had messages in its queue and no holder, from the
+/// last moment at which the old one served it (or the first message came) to the first at which the new one does; mean
+/// and maximum over the moves. without_holder_ms: the same whether or not there were messages. round_extra_ms: how much longer the round with the move
 /// took than the other one of its pair, with its 95 % confidence interval. redelivered_bytes_fraction: what invokers
 /// were given more than once, or read back from the queue, over what was pushed. lost, repeated: contributions that a
 /// round's ledgers lack, or have twice; each element of each result is compared as well.
@@ -73,6 +73,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const HOLDS: &str = "holds partition";
 const HANDED_OVER: &str = "handed over";
 const GIVES_UP: &str = "gives partition up";
+/// What they log of a message that has waited for that.
+const FIRST: &str = "first message since the handover";
 /// What they log at last.
 pub(super) const ENDS: &str = "invoker ends";
 
@@ -98,8 +100,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.json {
         writeln!(
             out,
-            "{} moves of all partitions under {}: without a holder for {:.1} ms on average ({:.1} ms at most), rounds \
-             {:+.0} ms (+- {:.0} ms), {:.2} % of what was pushed delivered again",
+            "{} moves of all partitions under {}: suspended for {:.1} ms on average ({:.1} ms at most), rounds {:+.0} ms (+- {:.0} ms), {:.2} % of what was pushed delivered again",
             args.moves,
             args.model.name(),
             report["suspension_ms_mean"].as_f64().unwrap_or(f64::NAN),
@@ -112,6 +113,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     writeln!(out, "{report}")?;
     drop(out);
     Ok(())
+}
+
+/// Of one move, over all partitions.
+#[derive(Clone, Copy, Debug, Default)]
+struct Suspension {
+    /// Longest time with messages and without a holder, and longest time without a holder, milliseconds.
+    waited_ms: f64,
+    unserved_ms: f64,
+    /// Partitions that were not handed over in order.
+    disorderly: usize,
 }
 
 struct Bench<'a> {
@@ -236,27 +247,32 @@ impl Bench<'_> {
         Ok(lines)
     }
 
-    /// Of the last move: the longest time of a partition without a holder, milliseconds, and how many were not handed
-    /// over in order.
-    fn suspension(&self) -> anyhow::Result<(f64, usize)> {
+    /// What the last move did to the partition that it hit hardest.
+    fn suspension(&self) -> anyhow::Result<Suspension> {
         let epoch = self.epoch();
-        let in_order = self.lines(HANDED_OVER, epoch)?;
+        let (in_order, waited) = (self.lines(HANDED_OVER, epoch)?, self.lines(FIRST, epoch)?);
         let given_up = self.lines(GIVES_UP, epoch - 1)?;
-        let (mut longest, mut disorderly) = (0.0_f64, 0);
+        let mut longest = Suspension::default();
         for (partition, held) in self.lines(HOLDS, epoch)? {
-            let told = in_order.get(&partition).and_then(|line| line.number("unserved_ms"));
-            let milliseconds = told.or_else(|| {
-                disorderly += 1;
-                // One whose holder never gave it up was served until its consumer was taken from it.
-                let since = given_up.get(&partition)?.at;
-                Some(held.at.duration_since(since).unwrap_or_default().as_secs_f64() * 1e3)
-            });
-            longest = longest.max(milliseconds.unwrap_or(0.0));
+            let number = |lines: &BTreeMap<u64, journal::Line>, name| lines.get(&partition)?.number(name);
+            let (waited_ms, unserved_ms) = match number(&in_order, "unserved_ms") {
+                Some(unserved) => (number(&waited, "waited_ms").unwrap_or(0.0), unserved),
+                None => {
+                    longest.disorderly += 1;
+                    // One whose holder never gave it up was served until its consumer was taken from it. Nobody knows
+                    // whether messages were there.
+                    let since = given_up.get(&partition).map(|line| held.at.duration_since(line.at));
+                    let unserved = since.and_then(Result::ok).unwrap_or_default().as_secs_f64() * 1e3;
+                    (unserved, unserved)
+                }
+            };
+            longest.waited_ms = longest.waited_ms.max(waited_ms);
+            longest.unserved_ms = longest.unserved_ms.max(unserved_ms);
         }
-        Ok((longest, disorderly))
+        Ok(longest)
     }
 
-    fn report(&mut self, extra: &[f64], longest: &[(f64, usize)]) -> anyhow::Result<Value> {
+    fn report(&mut self, extra: &[f64], longest: &[Suspension]) -> anyhow::Result<Value> {
         let (mut pushed, mut lost, mut repeated) = (0, 0, 0);
         for reply in self.crew.all(Command::Account)? {
             if let Reply::Account { sent_bytes, lost: without, repeated: twice } = reply {
@@ -275,7 +291,8 @@ impl Bench<'_> {
             read_again += line.number("read_again_bytes").context("no count of bytes read again")?;
         }
         let pushed = pushed as f64;
-        let suspensions: Vec<_> = longest.iter().map(|(milliseconds, _)| *milliseconds).collect();
+        let suspensions: Vec<_> = longest.iter().map(|each| each.waited_ms).collect();
+        let unserved: Vec<_> = longest.iter().map(|each| each.unserved_ms).collect();
         Ok(json!({
             "model": self.args.model.name(),
             "bytes": self.gradient.bytes(),
@@ -285,7 +302,9 @@ impl Bench<'_> {
             "rounds": self.round,
             "suspension_ms_mean": mean(&suspensions),
             "suspension_ms_max": quantile(&suspensions, 1.0),
-            "not_handed_over": longest.iter().map(|(_, disorderly)| disorderly).sum::<usize>(),
+            "without_holder_ms_mean": mean(&unserved),
+            "without_holder_ms_max": quantile(&unserved, 1.0),
+            "not_handed_over": longest.iter().map(|each| each.disorderly).sum::<usize>(),
             "round_extra_ms_mean": mean(extra),
             "round_extra_ms_ci95": confidence(extra),
             "redelivered_bytes_fraction": (delivered - pushed + read_again) / pushed,
