@@ -9,7 +9,7 @@ use crate::{
     Config, DecisionRecord, Demand, Elastic, History, Millis, Policy as _, Reason, Sample, Status, exchange,
     fleet::{Fleet, Invoker, Phase, placed_on},
     ledger::Ledger,
-    loads::Loads,
+    loads::{Loads, Mix},
     metrics::{self, Rhythm},
     place,
 };
@@ -60,6 +60,7 @@ pub struct Controller {
     /// When partitions changed their holders last.
     placed_at: Millis,
     loads: Loads,
+    mix: Mix,
     ledger: Ledger,
     wake_at: Option<Millis>,
     /// As invokers measured it last; none before any has.
@@ -101,6 +102,7 @@ impl Controller {
             unplaced_since: None,
             placed_at: now,
             loads: Loads::default(),
+            mix: Mix::default(),
             ledger: Ledger::default(),
             wake_at: None,
             failed_starts: 0,
@@ -124,6 +126,7 @@ impl Controller {
     /// Takes a beat in. Returns whether [`Self::step`] should follow at once.
     pub fn beat(&mut self, beat: InvokerBeat, now: Millis) -> bool {
         self.history.learn(&beat.jobs, now);
+        self.mix.add(&beat.jobs);
         if self.leading {
             self.ledger.account(&beat);
         }
@@ -134,6 +137,7 @@ impl Controller {
     /// while the answer was under way (beats that still wait to be taken in) is not judged by it.
     pub fn observed(&mut self, depths: &[PartitionDepth], now: Millis) {
         self.loads.observe(depths, now);
+        self.mix.fade();
         let load = self.fleet.load(now);
         self.measured_bytes_per_s = load.service_bytes_per_s.or(self.measured_bytes_per_s);
         let sample = Sample {
@@ -145,6 +149,7 @@ impl Controller {
             waiting_for_round: load.waiting_for_round,
             busy: load.busy,
             service_bytes_per_s: self.service_bytes_per_s(),
+            handled_per_byte: self.mix.handled_per_byte(),
             serving: self.fleet.in_phase(&[Phase::Serving]),
             start_delay_ms: self.fleet.start_delay_ms,
         };

@@ -26,8 +26,10 @@ pub struct Sample {
     pub waiting_for_round: f64,
     /// Sum of the invokers' busy shares: how many invokers' worth of work is being done.
     pub busy: f64,
-    /// Bytes an invoker folds per busy second.
+    /// Bytes an invoker handles per busy second: contributions and results.
     pub service_bytes_per_s: f64,
+    /// Bytes handled for each byte of contributions: 1.5 where every job has two workers.
+    pub handled_per_byte: f64,
     /// Invokers that serve.
     pub serving: usize,
     /// Time from the start of an invoker to its first heartbeat, milliseconds.

@@ -23,6 +23,8 @@ const REMEMBERED: usize = 4096;
 pub struct Demand {
     /// Bytes of contributions in a round.
     pub round_bytes: f64,
+    /// Bytes of its result.
+    pub result_bytes: f64,
     /// Mean time from one round's end to the next one's, milliseconds.
     pub period_ms: f64,
     /// The same over the last ten seconds or the last round, whichever is longer.
@@ -46,11 +48,11 @@ impl Demand {
         (self.period_ms - self.delay_ms).max(0.0)
     }
 
-    /// As the queueing network sees it, with invokers that fold so many bytes a second. `reference` is the number of
+    /// As the queueing network sees it, with invokers that handle so many bytes a second: contributions and results. `reference` is the number of
     /// invokers of its own that it is compared against where it names none, `parallel` how many can work on its round.
     #[must_use]
     pub fn load(&self, service_bytes_per_s: f64, reference: f64, parallel: f64) -> Load {
-        let work = self.round_bytes / service_bytes_per_s;
+        let work = (self.round_bytes + self.result_bytes) / service_bytes_per_s;
         Load {
             work,
             think: self.think_ms() / 1000.0,
@@ -73,6 +75,7 @@ struct Mark {
     at: Millis,
     round: Round,
     bytes: u64,
+    result_bytes: u64,
     ended: u64,
     delay_ms: u64,
 }
@@ -81,6 +84,7 @@ struct Mark {
 struct Track {
     marks: VecDeque<Mark>,
     bytes: u64,
+    result_bytes: u64,
     ended: u64,
     delay_ms: u64,
     heard_at: Millis,
@@ -90,6 +94,7 @@ struct Track {
 impl Track {
     fn learn(&mut self, load: &JobLoad, now: Millis) {
         self.bytes = self.bytes.saturating_add(load.bytes);
+        self.result_bytes = self.result_bytes.saturating_add(load.result_bytes);
         self.ended = self.ended.saturating_add(load.rounds);
         self.delay_ms = self.delay_ms.saturating_add(load.delay_ms);
         self.heard_at = now;
@@ -114,8 +119,8 @@ impl Track {
         if self.marks.len() == MARKS {
             self.marks.pop_front();
         }
-        let Self { bytes, ended, delay_ms, .. } = *self;
-        self.marks.push_back(Mark { at: now, round, bytes, ended, delay_ms });
+        let Self { bytes, result_bytes, ended, delay_ms, .. } = *self;
+        self.marks.push_back(Mark { at: now, round, bytes, result_bytes, ended, delay_ms });
     }
 
     /// Of two rounds' ends or more.
@@ -135,6 +140,7 @@ impl Track {
         let ended = (last.ended - first.ended).max(1) as f64;
         Some(Demand {
             round_bytes: (last.bytes - first.bytes) as f64 / rounds,
+            result_bytes: (last.result_bytes - first.result_bytes) as f64 / rounds,
             period_ms,
             recent_period_ms: period(recent, last),
             jitter_ms: off / (self.marks.len() - 1) as f64,
@@ -207,7 +213,7 @@ mod tests {
     }
 
     fn load(round: Round, bytes: u64, delay_ms: u64) -> JobLoad {
-        JobLoad { round, rounds: 1, bytes, delay_ms, ..JobLoad::new(key("a")) }
+        JobLoad { round, rounds: 1, bytes, delay_ms, result_bytes: bytes / 2, ..JobLoad::new(key("a")) }
     }
 
     fn known(jobs: &Jobs, now: Millis) -> Option<Demand> {
@@ -227,6 +233,7 @@ mod tests {
         let demand = known(&jobs, 40_000).unwrap();
         assert!((demand.period_ms - 1000.0).abs() < 1.0, "{demand:?}");
         assert!((demand.round_bytes - 800.0).abs() < 30.0, "{demand:?}");
+        assert!((demand.result_bytes - 400.0).abs() < 15.0, "{demand:?}");
         assert!((demand.delay_ms - 30.0).abs() < 1.0, "{demand:?}");
         assert!(demand.jitter_ms < 1.0 && (demand.think_ms() - 970.0).abs() < 2.0);
         assert!(demand.is_active(43_900) && !demand.is_active(45_000));

@@ -48,12 +48,12 @@ impl Default for Ledger {
 }
 
 impl Ledger {
-    /// Takes in what an invoker tells. Its share of a job's cost is what its bytes take at its service rate.
+    /// Takes in what an invoker tells. Its share of a job's cost is what its contributions and results take at its service rate.
     pub(crate) fn account(&mut self, beat: &InvokerBeat) {
         let rate = beat.service_bytes_per_s;
         for load in &beat.jobs {
             let seconds = if rate.is_finite() && rate > 0.0 {
-                load.bytes as f64 / rate * beat.cpu_quota.max(0.0)
+                (load.bytes + load.result_bytes) as f64 / rate * beat.cpu_quota.max(0.0)
             } else {
                 0.0
             };
@@ -118,7 +118,7 @@ mod tests {
 
     fn load(name: &str, round: Round, bytes: u64) -> JobLoad {
         let job = JobKey { tenant: "default".parse().unwrap(), job: name.parse().unwrap() };
-        JobLoad { round, rounds: 1, bytes, ..JobLoad::new(job) }
+        JobLoad { round, rounds: 1, bytes: bytes - bytes / 4, result_bytes: bytes / 4, ..JobLoad::new(job) }
     }
 
     #[test]

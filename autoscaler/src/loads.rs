@@ -1,6 +1,7 @@
 //! How much comes into each partition.
 
 use thalweg_broker::PartitionDepth;
+use thalweg_protocol::JobLoad;
 
 use crate::Millis;
 
@@ -72,6 +73,39 @@ impl Loads {
     }
 }
 
+/// What is handled for each byte of contributions: results come on top, of many workers less than of few.
+#[derive(Debug, Default)]
+pub(crate) struct Mix {
+    /// Bytes of contributions and of results lately.
+    contributions: f64,
+    results: f64,
+}
+
+/// Part of what is remembered that an observation leaves.
+const FADING: f64 = 0.98;
+
+impl Mix {
+    /// Takes in what an invoker tells.
+    pub(crate) fn add(&mut self, loads: &[JobLoad]) {
+        for load in loads {
+            self.contributions += load.bytes as f64;
+            self.results += load.result_bytes as f64;
+        }
+    }
+
+    /// Time passes: what was long ago counts for less.
+    pub(crate) fn fade(&mut self) {
+        self.contributions *= FADING;
+        self.results *= FADING;
+    }
+
+    /// Bytes handled for each byte of contributions; 1 before anything is known.
+    pub(crate) fn handled_per_byte(&self) -> f64 {
+        // Less than a byte is left of what was long ago.
+        if self.contributions >= 1.0 { 1.0 + self.results / self.contributions } else { 1.0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +128,22 @@ mod tests {
         assert!((known[0] - 10_000.0).abs() < 600.0 && (known[1] / known[0] - 3.0).abs() < 1e-9, "{known:?}");
         loads.observe(&depths(0, 0), 60_000);
         assert_eq!(loads.bytes_per_s(), None, "there was a gap");
+    }
+
+    #[test]
+    fn results_are_counted_beside_contributions() {
+        let job: thalweg_protocol::Name = "a".parse().unwrap();
+        let job = thalweg_protocol::JobKey { tenant: job.clone(), job };
+        let load = JobLoad { bytes: 400, result_bytes: 100, ..JobLoad::new(job) };
+        let mut mix = Mix::default();
+        assert!((mix.handled_per_byte() - 1.0).abs() < 1e-9);
+        for _ in 0..10 {
+            mix.add(&[load.clone(), JobLoad { result_bytes: 300, ..load.clone() }]);
+            mix.fade();
+        }
+        assert!((mix.handled_per_byte() - 1.5).abs() < 1e-9);
+        (0..2000).for_each(|_| mix.fade());
+        assert!((mix.handled_per_byte() - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -42,7 +42,10 @@ pub fn describe() {
     describe_gauge!(PARTITION_MESSAGES, "Messages published and not yet acknowledged, by partition");
     describe_gauge!(PARTITION_BYTES, "Their bytes");
     describe_gauge!(LEADS, "1 where this autoscaler acts, 0 where it only watches");
-    describe_gauge!(SERVICE, "Bytes of contributions that an invoker folds in a second in which it is busy");
+    describe_gauge!(
+        SERVICE,
+        "Bytes of contributions and results that an invoker handles in a second in which it is busy"
+    );
     describe_gauge!(BUSY, "How many invokers' worth of work is being done");
     describe_gauge!(JOB_ROUND, "Time from round to round of a job, mean over the last ten seconds");
     describe_gauge!(JOB_AGGREGATION, "Of that: from the last contribution to the commit");

@@ -33,7 +33,7 @@ impl Busyness {
         Self { cpus, scope, since: Instant::now(), used_at: scope.used(), folded: 0, rate: 0.0 }
     }
 
-    /// Notes bytes of contributions folded.
+    /// Notes bytes of contributions folded, and of what they became.
     pub(crate) fn folded(&mut self, bytes: u64) {
         self.folded += bytes;
     }

@@ -206,8 +206,8 @@ pub struct Roster {
     pub revision: u32,
 }
 
-fn is_zero(revision: &u32) -> bool {
-    *revision == 0
+fn is_zero<N: Default + PartialEq>(number: &N) -> bool {
+    *number == N::default()
 }
 
 impl Roster {
@@ -311,7 +311,8 @@ pub struct InvokerBeat {
     pub state: InvokerState,
     /// Partitions it holds, with their epochs.
     pub partitions: Vec<(Partition, Epoch)>,
-    /// Bytes of contributions folded per second of busy time; 0 before the first.
+    /// Bytes of contributions folded and of results committed, per second of busy time; 0 before the first. Both cost
+    /// about the same, so this is the same for jobs of few and of many workers.
     pub service_bytes_per_s: f64,
     /// Share of the time since the last beat spent working, 0 to 1.
     pub busy: f64,
@@ -340,13 +341,16 @@ pub struct JobLoad {
     /// Sum over `rounds` of the longest time from a shard's last contribution (when the broker stored it) to its
     /// commit, milliseconds.
     pub delay_ms: u64,
+    /// Bytes of results in commits, those of partial ones included.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub result_bytes: u64,
 }
 
 impl JobLoad {
     /// A job that has asked for nothing yet.
     #[must_use]
     pub fn new(job: JobKey) -> Self {
-        Self { job, round: 0, rounds: 0, bytes: 0, delay_ms: 0 }
+        Self { job, round: 0, rounds: 0, bytes: 0, delay_ms: 0, result_bytes: 0 }
     }
 }
 

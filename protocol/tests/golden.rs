@@ -538,8 +538,11 @@ fn records() -> Vec<Golden> {
         if state == InvokerState::Ready {
             let load =
                 JobLoad { round: 300, rounds: 2, bytes: 1 << 33, delay_ms: 17, ..JobLoad::new(spec().key) };
+            let with_results = JobLoad { result_bytes: 1 << 31, ..load.clone() };
             let beat = InvokerBeat { jobs: vec![load], ..beat };
-            goldens.push(golden("beat_with_jobs", Kind::Beat, beat, &[]));
+            goldens.push(golden("beat_with_jobs", Kind::Beat, beat.clone(), &[]));
+            let beat = InvokerBeat { jobs: vec![with_results], ..beat };
+            goldens.push(golden("beat_with_results", Kind::Beat, beat, &[]));
         }
     }
     // What pools of their own add, left out by default.

@@ -323,6 +323,7 @@ mod tests {
                 waiting_for_round: 0.0,
                 busy,
                 service_bytes_per_s: 1e9,
+                handled_per_byte: 1.0,
                 serving: history.target(),
                 start_delay_ms: 0.0,
             };

@@ -130,6 +130,8 @@ fn rhythm(demand: &Demand, latest: &Sample, now: Millis, config: &Config) -> (bo
 impl Outlook {
     fn new(history: &History, latest: &Sample, now: Millis, config: &Config) -> Self {
         let rate = latest.service_bytes_per_s;
+        // Of contributions, for those of which no more is known: results come on top.
+        let contributions = rate / latest.handled_per_byte;
         let mut outlook = Self {
             hot: Vec::new(),
             measured: Vec::new(),
@@ -158,11 +160,11 @@ impl Outlook {
             }
         }
         if let Some((seconds, came, _)) = flow {
-            outlook.open = ((came - explained) / seconds / rate).max(0.0);
+            outlook.open = ((came - explained) / seconds / contributions).max(0.0);
         }
         let backlog = (latest.workable_bytes() - in_flight).max(0.0);
         // Only what lasts has to leave room: a backlog may take all of them.
-        outlook.urgent = outlook.open + backlog / rate / (config.catch_up_ms as f64 / 1000.0);
+        outlook.urgent = outlook.open + backlog / contributions / (config.catch_up_ms as f64 / 1000.0);
         outlook
     }
 

@@ -16,6 +16,7 @@ fn sample(at: Millis, bytes: u64) -> Sample {
         waiting_for_round: 0.0,
         busy: 0.0,
         service_bytes_per_s: 200e6,
+        handled_per_byte: 1.0,
         serving: 1000,
         start_delay_ms: 0.0,
     }
@@ -96,6 +97,8 @@ fn contributions_that_wait_for_their_round_need_no_cpu() {
     expect((1, [waiting(0.5)]), 0, &config, 2, Reason::Backlog);
     expect((1, [waiting(1.0)]), 0, &config, 1, Reason::Steady);
     expect((1, [waiting(9.0)]), 0, &config, 1, Reason::Steady);
+    // Results come on top of contributions.
+    expect((1, [Sample { handled_per_byte: 2.0, ..waiting(0.5) }]), 0, &config, 4, Reason::Backlog);
     // But they need somebody who holds them.
     expect((0, [waiting(1.0)]), 0, &config, 1, Reason::FirstWork);
 }
@@ -206,6 +209,7 @@ impl World {
     fn round(&mut self, name: &str, work: f64, think: f64, period: f64) {
         let demand = Demand {
             round_bytes: work * 200e6,
+            result_bytes: 0.0,
             period_ms: period * 1000.0,
             recent_period_ms: period * 1000.0,
             jitter_ms: 0.0,

@@ -3,7 +3,10 @@
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use thalweg_protocol::{JobKey, JobLoad};
 
-use super::{Constants, INSTANT, Score, State, TraceJob, key, pool::Pool};
+use super::{
+    Constants, INSTANT, Score, State, TraceJob, handled_per_byte, key,
+    pool::{Pool, Seen},
+};
 use crate::{Config, Millis, Policy, demand, demand::Load};
 
 /// Time between the heartbeats that the policy learns from, milliseconds.
@@ -46,7 +49,7 @@ struct Active {
     round_began: f64,
     thought: f64,
     spent: (u64, f64, f64),
-    /// Told since the last heartbeat: rounds, bytes, delay.
+    /// Told since the last heartbeat: rounds, part of a round's work, delay.
     told: (u64, f64, f64),
 }
 
@@ -172,7 +175,7 @@ impl Events<'_> {
                 let done = (rate * time).min(*left);
                 *left -= done;
                 self.busy += done;
-                job.told.1 += self.pool.constants.bytes(done / 1000.0);
+                job.told.1 += done / 1000.0 / job.load.work;
             }
         }
         self.now = to;
@@ -186,7 +189,7 @@ impl Events<'_> {
         for (place, job) in self.active.iter_mut().enumerate() {
             match job.doing {
                 Doing::Thinking { until } if until <= now + INSTANT => {
-                    self.arrived += constants.messages(constants.bytes(job.load.work));
+                    self.arrived += constants.messages(self.jobs[job.index].round_bytes);
                     job.doing = Doing::Aggregating { left: job.load.work * 1000.0, since: now };
                 }
                 Doing::Aggregating { left, since } if left <= INSTANT => {
@@ -236,12 +239,20 @@ impl Events<'_> {
     }
 
     fn beat(&mut self) {
+        let jobs = self.jobs;
         let loads: Vec<_> = (self.active.iter_mut())
             .filter(|job| job.told.1 > 0.0)
             .map(|job| {
-                let (rounds, bytes, delay) = std::mem::take(&mut job.told);
-                let (bytes, delay_ms) = (bytes as u64, delay as u64);
-                JobLoad { round: job.round, rounds, bytes, delay_ms, ..JobLoad::new(job.key.clone()) }
+                let (rounds, part, delay_ms) = std::mem::take(&mut job.told);
+                let TraceJob { round_bytes, result_bytes, .. } = jobs[job.index];
+                JobLoad {
+                    round: job.round,
+                    rounds,
+                    bytes: (part * round_bytes) as u64,
+                    delay_ms: delay_ms as u64,
+                    result_bytes: (part * result_bytes) as u64,
+                    ..JobLoad::new(job.key.clone())
+                }
             })
             .collect();
         let references = self.active.iter().map(|job| (&job.key, job.load.reference));
@@ -251,11 +262,18 @@ impl Events<'_> {
     }
 
     fn look(&mut self) {
-        let left = |job: &Active| if let Doing::Aggregating { left, .. } = job.doing { left } else { 0.0 };
-        let bytes = self.pool.constants.bytes(self.active.iter().map(left).sum::<f64>() / 1000.0);
+        let left = |job: &Active| match job.doing {
+            Doing::Aggregating { left, .. } => {
+                left / 1000.0 / job.load.work * self.jobs[job.index].round_bytes
+            }
+            Doing::Thinking { .. } => 0.0,
+        };
+        let bytes = self.active.iter().map(left).sum();
         let busy = std::mem::take(&mut self.busy) / (self.now - self.looked).max(1.0);
         self.looked = self.now;
-        self.pool.look(self.now, bytes, self.arrived, busy);
+        let alone = self.active.iter().map(|job| (&self.jobs[job.index], job.load.alone()));
+        let seen = Seen { bytes, arrived: self.arrived, busy, handled_per_byte: handled_per_byte(alone) };
+        self.pool.look(self.now, seen);
     }
 }
 

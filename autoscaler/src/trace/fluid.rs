@@ -5,7 +5,10 @@ use std::collections::HashMap;
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use thalweg_protocol::JobKey;
 
-use super::{Constants, INSTANT, Score, TraceJob, key, pool::Pool};
+use super::{
+    Constants, INSTANT, Score, TraceJob, handled_per_byte, key,
+    pool::{Pool, Seen},
+};
 use crate::{
     Config, Demand, Millis, Policy,
     demand::{self, Load},
@@ -170,7 +173,7 @@ impl Fluid<'_> {
         for job in &mut self.active {
             let rounds = (seconds / job.period).min(job.rounds_left);
             job.rounds_left -= rounds;
-            self.arrived += constants.messages(constants.bytes(rounds * job.load.work));
+            self.arrived += constants.messages(rounds * self.jobs[job.index].round_bytes);
             if rounds > 0.0 {
                 self.pool.score.rounds(job.period / job.load.alone(), rounds);
             }
@@ -214,11 +217,11 @@ impl Fluid<'_> {
     }
 
     fn look(&mut self) {
-        let (constants, at) = (*self.pool.constants, self.now as Millis);
+        let at = self.now as Millis;
         let chance = self.pool.policy().settles_ms(self.pool.config).is_none();
         let (mut bytes, mut busy) = (0.0, 0.0);
         for job in &self.active {
-            let round_bytes = constants.bytes(job.load.work);
+            let TraceJob { round_bytes, result_bytes, .. } = self.jobs[job.index];
             let stalled = job.period.is_infinite();
             let aggregating = if stalled { 1.0 } else { 1.0 - job.load.think / job.period };
             bytes += match (stalled, chance) {
@@ -234,6 +237,7 @@ impl Fluid<'_> {
                 let period_ms = job.period * 1000.0;
                 let demand = Demand {
                     round_bytes,
+                    result_bytes,
                     period_ms,
                     recent_period_ms: period_ms,
                     jitter_ms: 0.0,
@@ -245,7 +249,10 @@ impl Fluid<'_> {
                 self.pool.history.jobs_mut().set(job.key.clone(), demand);
             }
         }
-        let changed = self.pool.look(self.now, bytes, self.arrived, busy);
+        let handled_per_byte =
+            handled_per_byte(self.active.iter().map(|job| (&self.jobs[job.index], job.period)));
+        let seen = Seen { bytes, arrived: self.arrived, busy, handled_per_byte };
+        let changed = self.pool.look(self.now, seen);
         self.look_at = self.now + self.pool.policy().look_every_ms(self.pool.config) as f64;
         if changed {
             self.periods();

@@ -29,6 +29,8 @@ pub struct TraceJob {
     pub duration_s: f64,
     /// Bytes of contributions in a round, of all workers together.
     pub round_bytes: f64,
+    /// Bytes of a round's result.
+    pub result_bytes: f64,
     /// Time between a round's result and the next contributions, seconds.
     pub think_s: f64,
     /// Servers that it requested.
@@ -36,11 +38,11 @@ pub struct TraceJob {
 }
 
 impl TraceJob {
-    /// As the queueing network sees it, with invokers that fold this many bytes a second.
+    /// As the queueing network sees it.
     #[must_use]
     pub fn load(&self, constants: &Constants) -> Load {
         Load {
-            work: self.round_bytes / constants.service_bytes_per_s,
+            work: (self.round_bytes + self.result_bytes) / constants.service_bytes_per_s,
             think: self.think_s,
             reference: self.servers,
             parallel: f64::from(constants.partitions),
@@ -61,6 +63,15 @@ impl TraceJob {
     }
 }
 
+/// Bytes handled for each byte of contributions, of jobs that are given with their periods, seconds.
+fn handled_per_byte<'a>(jobs: impl Iterator<Item = (&'a TraceJob, f64)>) -> f64 {
+    let sums = jobs.filter(|(_, period)| *period > 0.0 && period.is_finite());
+    let (contributions, results) = sums.fold((0.0, 0.0), |(contributions, results), (job, period)| {
+        (contributions + job.round_bytes / period, results + job.result_bytes / period)
+    });
+    if contributions > 0.0 { 1.0 + results / contributions } else { 1.0 }
+}
+
 /// What the policy calls the job at this place in the trace.
 fn key(index: usize) -> JobKey {
     let job = format!("j{index}").parse().expect("a letter and digits");
@@ -70,7 +81,7 @@ fn key(index: usize) -> JobKey {
 /// What was measured of the system that is simulated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Constants {
-    /// Bytes that an invoker folds per busy second.
+    /// Bytes that an invoker handles per busy second: contributions and results, which cost about the same.
     pub service_bytes_per_s: f64,
     /// From the request for an invoker to its first work, milliseconds.
     pub start_delay_ms: u64,
@@ -83,11 +94,6 @@ pub struct Constants {
 }
 
 impl Constants {
-    /// Bytes of contributions in so many invoker-seconds of work.
-    fn bytes(&self, work: f64) -> f64 {
-        work * self.service_bytes_per_s
-    }
-
     /// Messages of those bytes.
     fn messages(&self, bytes: f64) -> f64 {
         bytes / self.message_bytes

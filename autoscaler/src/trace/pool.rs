@@ -18,6 +18,19 @@ pub(super) struct Pool<'a> {
     pub(super) score: Score,
 }
 
+/// What a policy sees.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    /// In the queues.
+    pub(super) bytes: f64,
+    /// Messages that ever came into them.
+    pub(super) arrived: f64,
+    /// Invokers' worth of work that is being done.
+    pub(super) busy: f64,
+    /// As in [`Sample`].
+    pub(super) handled_per_byte: f64,
+}
+
 impl<'a> Pool<'a> {
     pub(super) fn new(
         policy: &'a mut dyn Policy,
@@ -70,10 +83,10 @@ impl<'a> Pool<'a> {
         self.ready != before
     }
 
-    /// Shows the policy the bytes in the queues, the messages that ever came and the invokers' worth of work that is being
-    /// done, and does what it says. Returns whether the target has changed.
-    pub(super) fn look(&mut self, at: f64, bytes: f64, arrived: f64, busy: f64) -> bool {
+    /// Shows the policy what there is to see, and does what it says. Returns whether the target has changed.
+    pub(super) fn look(&mut self, at: f64, seen: Seen) -> bool {
         let (now, constants) = (at as Millis, self.constants);
+        let Seen { bytes, arrived, busy, handled_per_byte } = seen;
         let sample = Sample {
             at: now,
             messages: constants.messages(bytes).ceil() as u64,
@@ -83,6 +96,7 @@ impl<'a> Pool<'a> {
             waiting_for_round: 0.0,
             busy,
             service_bytes_per_s: constants.service_bytes_per_s,
+            handled_per_byte,
             serving: self.ready,
             start_delay_ms: constants.start_delay_ms as f64,
         };

@@ -11,7 +11,15 @@ const CONSTANTS: Constants = Constants {
 
 /// A tenth of its time busy on `servers` of its own.
 fn job(start_s: f64, duration_s: f64, servers: f64) -> TraceJob {
-    TraceJob { start_s, duration_s, round_bytes: 0.1e9 * servers, think_s: 0.9, servers }
+    let work = 0.1e9 * servers;
+    TraceJob {
+        start_s,
+        duration_s,
+        round_bytes: work * 0.75,
+        result_bytes: work * 0.25,
+        think_s: 0.9,
+        servers,
+    }
 }
 
 fn config() -> Config {
@@ -40,7 +48,14 @@ fn alone_on_its_own_servers_a_job_is_not_slowed() {
 
 #[test]
 fn fewest_servers_hold_the_limit() {
-    let heavy = TraceJob { start_s: 0.0, duration_s: 1.0, round_bytes: 0.8e9, think_s: 0.8, servers: 4.0 };
+    let heavy = TraceJob {
+        start_s: 0.0,
+        duration_s: 1.0,
+        round_bytes: 0.6e9,
+        result_bytes: 0.2e9,
+        think_s: 0.8,
+        servers: 4.0,
+    };
     // 1 s on four; 0.8 + 0.8 / 3 = 1.067 on three, 1.2 on two.
     assert!((heavy.fewest_servers(0.1, &CONSTANTS) - 3.0).abs() < 1e-9);
     assert!((heavy.fewest_servers(0.3, &CONSTANTS) - 2.0).abs() < 1e-9);

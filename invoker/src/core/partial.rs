@@ -113,7 +113,7 @@ impl Core {
         let Some(shard) = self.shards.get_mut(&key) else { return };
         let Invocation { plan, partial, sequences, .. } = invocation;
         metrics::partial(plan.inputs.len(), plan.input_bytes());
-        self.tally.partial(&plan.job.record.spec.key, plan.input_bytes());
+        self.tally.partial(&plan.job.record.spec.key, (plan.input_bytes(), plan.result_bytes()));
         shard.invoking = None;
         let known = shard.head.take().filter(|known| known.head.closed() == head.closed());
         shard.head = known.map(|known| Known {

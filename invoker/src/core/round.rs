@@ -514,8 +514,8 @@ impl Core {
         let Some(invocation) = self.invocations.remove(&id) else { return };
         let Some(shard) = self.shards.get_mut(&key) else { return };
         let Invocation { plan, partial: Partial { ledger, .. }, state, sequences } = invocation;
-        let parameters = plan.job.record.layout.len(key.1) * 4;
-        let values = state.unwrap_or_default().slice(..parameters);
+        let result_bytes = plan.result_bytes();
+        let values = state.unwrap_or_default().slice(..result_bytes as usize);
         metrics::round(ledger.counted.len(), plan.input_bytes(), ledger.below_quorum);
         let header = ResultHeader { job: key.0, shard: key.1, head, ledger: ledger.clone() };
         self.actions.push(Action::Publish(plan.job.record.spec.key.clone(), header, values));
@@ -535,7 +535,7 @@ impl Core {
             }
         }
         let delay = last_published.map_or(0, |last| self.now.saturating_sub(last));
-        self.tally.round(&plan.job.record.spec.key, plan.round, plan.input_bytes(), delay);
+        self.tally.round(&plan.job.record.spec.key, plan.round, (plan.input_bytes(), result_bytes), delay);
         let nudges = std::mem::take(&mut shard.nudges).into_iter().map(|(sequence, _)| sequence);
         for sequence in sequences.into_iter().chain(nudges) {
             self.actions.push(Action::Acknowledge(plan.partition, sequence));

@@ -26,16 +26,24 @@ struct Entry {
 
 impl Tally {
     /// Counts a commit of some contributions to an open round.
-    pub(super) fn partial(&mut self, job: &JobKey, bytes: u64) {
+    pub(super) fn partial(&mut self, job: &JobKey, (bytes, result_bytes): (u64, u64)) {
         let entry = self.entry(job);
         entry.load.bytes += bytes;
+        entry.load.result_bytes += result_bytes;
         entry.news = true;
     }
 
     /// Counts the commit of a shard's round, `delay` after its last contribution had been stored by the broker.
-    pub(super) fn round(&mut self, job: &JobKey, round: Round, bytes: u64, delay: Millis) {
+    pub(super) fn round(
+        &mut self,
+        job: &JobKey,
+        round: Round,
+        (bytes, result_bytes): (u64, u64),
+        delay: Millis,
+    ) {
         let entry = self.entry(job);
         entry.load.bytes += bytes;
+        entry.load.result_bytes += result_bytes;
         entry.news = true;
         if round > entry.load.round {
             if entry.load.round > 0 {
@@ -47,7 +55,7 @@ impl Tally {
             entry.longest = entry.longest.max(delay);
         } else {
             // A job of the same name that began anew.
-            let load = JobLoad { round, bytes, ..JobLoad::new(job.clone()) };
+            let load = JobLoad { round, bytes, result_bytes, ..JobLoad::new(job.clone()) };
             *entry = Entry { load, longest: delay, news: true };
         }
     }
@@ -84,23 +92,23 @@ mod tests {
     }
 
     fn load(name: &str, round: Round, rounds: u64, bytes: u64, delay_ms: Millis) -> JobLoad {
-        JobLoad { job: job(name), round, rounds, bytes, delay_ms }
+        JobLoad { job: job(name), round, rounds, bytes, delay_ms, result_bytes: 3 * bytes }
     }
 
     #[test]
     fn a_rounds_delay_is_that_of_its_last_shard() {
         let mut tally = Tally::default();
         for (round, delay) in [(7, 3), (7, 9), (7, 1), (8, 2), (8, 4)] {
-            tally.round(&job("a"), round, 100, delay);
+            tally.round(&job("a"), round, (100, 300), delay);
         }
-        tally.partial(&job("b"), 5);
+        tally.partial(&job("b"), (5, 15));
         assert_eq!(tally.take(), [load("a", 8, 1, 500, 9), load("b", 0, 0, 5, 0)]);
         assert!(tally.take().is_empty());
-        tally.round(&job("a"), 10, 1, 6);
+        tally.round(&job("a"), 10, (1, 3), 6);
         assert_eq!(tally.take(), [load("a", 10, 1, 1, 4)]);
         // Deleted and begun anew.
-        tally.round(&job("a"), 1, 1, 2);
-        tally.round(&job("a"), 2, 1, 2);
+        tally.round(&job("a"), 1, (1, 3), 2);
+        tally.round(&job("a"), 2, (1, 3), 2);
         assert_eq!(tally.take(), [load("a", 2, 1, 2, 2)]);
     }
 
@@ -109,7 +117,7 @@ mod tests {
         let mut tally = Tally::default();
         let jobs: Vec<_> = (0..=MAX_BEAT_JOBS).map(|number| job(&format!("job-{number}"))).collect();
         for (job, bytes) in jobs.iter().zip(1..) {
-            tally.round(job, 1, bytes, 0);
+            tally.round(job, 1, (bytes, 3 * bytes), 0);
         }
         let first = tally.take();
         assert_eq!(first.len(), MAX_BEAT_JOBS);
@@ -122,7 +130,7 @@ mod tests {
     fn what_is_remembered_is_bounded() {
         let mut tally = Tally::default();
         for number in 0..2 * REMEMBERED {
-            tally.round(&job(&format!("job-{number}")), 1, 1, 0);
+            tally.round(&job(&format!("job-{number}")), 1, (1, 3), 0);
             tally.take();
         }
         assert!(tally.jobs.len() <= REMEMBERED);

@@ -162,7 +162,13 @@ impl Plan {
     /// Bytes of the contributions.
     #[must_use]
     pub fn input_bytes(&self) -> u64 {
-        self.inputs.len() as u64 * self.job.record.layout.len(self.shard) as u64 * 4
+        self.inputs.len() as u64 * self.result_bytes()
+    }
+
+    /// Bytes of the shard's parameters.
+    #[must_use]
+    pub fn result_bytes(&self) -> u64 {
+        self.job.record.layout.len(self.shard) as u64 * 4
     }
 }
 

@@ -185,7 +185,7 @@ impl Shell {
             let result: Result<Bytes, FoldError> = fold(&context, &plan).await;
             metrics::folded(begun.elapsed());
             spans.ended((plan.job.record.incarnation, plan.round), Stage::Fold, plan.shard, None, begun);
-            let bytes = if result.is_ok() { plan.input_bytes() } else { 0 };
+            let bytes = if result.is_ok() { plan.input_bytes() + plan.result_bytes() } else { 0 };
             Done::Folded(Event::Folded(id, result), bytes)
         }));
     }

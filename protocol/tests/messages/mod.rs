@@ -553,13 +553,14 @@ fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
     let state =
         prop::sample::select(vec![InvokerState::Starting, InvokerState::Ready, InvokerState::Draining]);
     let numbers = (number(), number(), number());
-    let load = (key(), U64, U64, U64, U64);
-    let load = load.prop_map(|(job, round, rounds, bytes, delay_ms)| JobLoad {
+    let load = (key(), U64, U64, (U64, U64), U64);
+    let load = load.prop_map(|(job, round, rounds, (bytes, result_bytes), delay_ms)| JobLoad {
         job,
         round,
         rounds,
         bytes,
         delay_ms,
+        result_bytes,
     });
     (text(), state, vec((U16, U64), 0..40), numbers, (U64, U64), vec(load, 0..3)).prop_map(
         |(invoker, state, partitions, (service_bytes_per_s, busy, cpu_quota), held, jobs)| {

@@ -193,7 +193,7 @@ impl Recording {
     fn summary(&self, file: &Path) -> String {
         let (jobs, rate) = (self.rows().len(), self.service_bytes_per_s());
         let rate = if rate > 0.0 {
-            format!("; invokers fold {:.0} MB a busy second", rate / 1e6)
+            format!("; invokers handle {:.0} MB a busy second", rate / 1e6)
         } else {
             String::new()
         };

@@ -112,7 +112,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("profiles.toml");
         for (from, to, says) in [
-            ("service_mb_per_s = 956.0", "service_mb_per_s = 0.0", "service_mb_per_s"),
+            ("service_mb_per_s = 1715.0", "service_mb_per_s = 0.0", "service_mb_per_s"),
             ("weight = 1.0", "weight = -1.0", "alexnet"),
             ("[constants]", "[measured]", "measured"),
         ] {

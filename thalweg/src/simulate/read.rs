@@ -100,6 +100,7 @@ fn philly(rows: Rows<'_, Philly>, profiles: &Profiles, options: Options) -> anyh
             start_s: start - first,
             duration_s: row.duration,
             round_bytes: profile.parameters as f64 * 4.0 * row.num_gpus,
+            result_bytes: profile.parameters as f64 * 4.0,
             think_s: profile.think_ms / 1000.0,
             servers: (row.num_gpus * options.servers_per_worker).max(1.0),
         });
@@ -128,6 +129,7 @@ fn iterations(rows: Rows<'_, Iteration>, profiles: &Profiles, options: Options) 
         start_s: 0.0,
         duration_s: 0.0,
         round_bytes: profile.parameters as f64 * 4.0 * count,
+        result_bytes: profile.parameters as f64 * 4.0,
         think_s,
         servers: (count * options.servers_per_worker).max(1.0),
     };
@@ -150,6 +152,7 @@ fn recorded(rows: Rows<'_, Recorded>, options: Options) -> anyhow::Result<Trace>
                 start_s: row.start_s,
                 duration_s: row.duration_s,
                 round_bytes: row.round_bytes,
+                result_bytes: row.round_bytes / row.workers.max(1.0),
                 think_s: row.think_s,
                 servers: (row.workers * options.servers_per_worker).max(1.0),
             });
