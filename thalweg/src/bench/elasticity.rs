@@ -18,7 +18,7 @@ use super::{
     gradient::{Gradient, scale},
     journal,
     load::Function,
-    migrate,
+    migrate, predict,
     stack::{Cpu, Invokers, Options, Stack},
     worker::WorkerArgs,
 };
@@ -39,7 +39,9 @@ use crate::models::Model;
 /// cpu_seconds: user and system time of broker, store, gateway, autoscaler and invokers, from the first round to the end
 /// of the last job, without the workers. slowdown: by how much a job's mean time from round to round is longer on the
 /// elastic side; vs_alone: than that of a job that is alone on the static side. max: of the worst job. Rounds of the
-/// warm-up do not count for the periods. All figures are means over the repetitions.
+/// warm-up do not count for the periods. predicted_elastic_invoker_seconds: what `thalweg simulate` says of the same
+/// jobs and the default policy, from the period of the job that is alone and from what the static side's invokers
+/// handled per CPU second; prediction_off: by what share that is more. All figures are means over the repetitions.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Args {
@@ -137,7 +139,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
             outcomes[index].push(outcome);
         }
     }
-    let report = report(args, &outcomes, &alone);
+    let report = report(args, &outcomes, &alone)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{report}")?;
     Ok(())
@@ -148,7 +150,7 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     sum / f64::from(count.max(1))
 }
 
-fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) -> Value {
+fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) -> anyhow::Result<Value> {
     let of = |side: &[Outcome], value: fn(&Outcome) -> f64| mean(side.iter().map(value));
     let period = |side: &[Outcome], job: usize| mean(side.iter().map(|outcome| outcome.periods[job]));
     let jobs = 0..usize::from(args.jobs);
@@ -158,10 +160,26 @@ fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) ->
     let seconds = [fixed, elastic].map(|side| of(side, |outcome| outcome.invoker_seconds));
     let redelivered = of(elastic, |outcome| outcome.redelivered_bytes);
     let whole = |outcome: &Outcome| outcome.invoker_seconds;
-    json!({
+    let bytes = Gradient::Of { model: args.model, scale: args.scale }.bytes();
+    let pushed = of(fixed, |outcome| outcome.pushed_bytes);
+    let handled = pushed * (1.0 + 1.0 / f64::from(WORKERS));
+    let predicted = predict::invoker_seconds(predict::Run {
+        jobs: usize::from(args.jobs),
+        rounds: f64::from(args.rounds + args.warm_up),
+        workers: f64::from(WORKERS),
+        bytes: bytes as f64,
+        alone_s: alone.periods[0],
+        reference: f64::from(args.invokers),
+        service_bytes_per_s: handled / of(fixed, |outcome| outcome.invoker_cpu_seconds) * args.cpu_quota,
+        max_invokers: usize::from(args.invokers * args.jobs),
+        partitions: StreamsConfig::default().partitions,
+    })? * args.cpu_quota;
+    Ok(json!({
         "static_invoker_seconds": seconds[0],
         "elastic_invoker_seconds": seconds[1],
         "reduction": 1.0 - seconds[1] / seconds[0],
+        "predicted_elastic_invoker_seconds": predicted,
+        "prediction_off": predicted / seconds[1] - 1.0,
         "cpu_seconds_static": of(fixed, |outcome| outcome.cpu_seconds),
         "cpu_seconds_elastic": of(elastic, |outcome| outcome.cpu_seconds),
         "slowdown_max": worst(&mut slowdowns.iter().copied()),
@@ -180,14 +198,14 @@ fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) ->
         "rounds": args.rounds,
         "warm_up_rounds": args.warm_up,
         "repeats": args.repeats,
-        "bytes": Gradient::Of { model: args.model, scale: args.scale }.bytes(),
+        "bytes": bytes,
         "think_ms": args.model.scaled(args.scale).think_time.as_secs_f64() * 1e3 * args.stretch,
         "period_s_static": of(fixed, |outcome| mean(outcome.periods.iter().copied())),
         "period_s_elastic": of(elastic, |outcome| mean(outcome.periods.iter().copied())),
         "period_s_alone": alone.periods[0],
         "seconds_static": of(fixed, |outcome| outcome.seconds),
         "seconds_elastic": of(elastic, |outcome| outcome.seconds),
-    })
+    }))
 }
 
 /// The pool of a job on the static side.

@@ -11,6 +11,7 @@ mod load;
 mod metrics;
 mod migrate;
 mod offered;
+mod predict;
 mod raw;
 mod service;
 mod stack;

@@ -129,6 +129,11 @@ const LEARNING_MS: f64 = 120_000.0;
 /// Variation of think times in the windows that are played round by round.
 const VARIATION: f64 = 0.1;
 
+/// What was measured of the system, as the built-in profiles have it.
+pub(crate) fn built_in_constants(partitions: u16) -> anyhow::Result<Constants> {
+    Ok(Profiles::load(None)?.constants(partitions))
+}
+
 struct Setting<'a> {
     trace: &'a Trace,
     config: Config,
