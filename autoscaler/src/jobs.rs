@@ -48,8 +48,9 @@ impl Demand {
         (self.period_ms - self.delay_ms).max(0.0)
     }
 
-    /// As the queueing network sees it, with invokers that handle so many bytes a second: contributions and results. `reference` is the number of
-    /// invokers of its own that it is compared against where it names none, `parallel` how many can work on its round.
+    /// As the queueing network sees it, with invokers that handle so many bytes a second: contributions and results.
+    /// `reference` is the number of invokers of its own that it is compared against where it names none, `parallel` how
+    /// many can work on its round.
     #[must_use]
     pub fn load(&self, service_bytes_per_s: f64, reference: f64, parallel: f64) -> Load {
         let work = (self.round_bytes + self.result_bytes) / service_bytes_per_s;

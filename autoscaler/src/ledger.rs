@@ -48,7 +48,8 @@ impl Default for Ledger {
 }
 
 impl Ledger {
-    /// Takes in what an invoker tells. Its share of a job's cost is what its contributions and results take at its service rate.
+    /// Takes in what an invoker tells. Its share of a job's cost is what its contributions and results take at its
+    /// service rate.
     pub(crate) fn account(&mut self, beat: &InvokerBeat) {
         let rate = beat.service_bytes_per_s;
         for load in &beat.jobs {

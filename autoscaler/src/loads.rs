@@ -1,4 +1,4 @@
-//! How much comes into each partition.
+//! How much comes into each partition, and how much more is handled for it.
 
 use thalweg_broker::PartitionDepth;
 use thalweg_protocol::JobLoad;
@@ -87,10 +87,13 @@ const FADING: f64 = 0.98;
 impl Mix {
     /// Takes in what an invoker tells.
     pub(crate) fn add(&mut self, loads: &[JobLoad]) {
-        for load in loads {
-            self.contributions += load.bytes as f64;
-            self.results += load.result_bytes as f64;
-        }
+        loads.iter().for_each(|load| self.count(load.bytes as f64, load.result_bytes as f64));
+    }
+
+    /// Counts bytes of contributions and of their results.
+    pub(crate) fn count(&mut self, contributions: f64, results: f64) {
+        self.contributions += contributions;
+        self.results += results;
     }
 
     /// Time passes: what was long ago counts for less.

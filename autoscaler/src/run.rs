@@ -18,8 +18,8 @@ use crate::{
 
 /// Shortest time between observations while there is nothing to do and nobody to do it.
 const ASLEEP: Duration = Duration::from_millis(400);
-/// Time that a worker's contributions may need to their queue after it has said that it pushes; it is looked for them
-/// this often, for so long.
+/// Time between observations after a worker has said that it pushes, and for how long: its contributions may need a
+/// moment to their queue.
 const WAKING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// Time between observations of an autoscaler that only waits for its turn.
 const STANDBY: Duration = Duration::from_millis(500);

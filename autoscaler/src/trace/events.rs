@@ -28,6 +28,11 @@ pub struct Rounds {
     pub jobs: Vec<(usize, u64, f64, f64)>,
 }
 
+/// Part of a round's work that so many invoker-milliseconds are.
+fn part(load: &Load, done: f64) -> f64 {
+    done / 1000.0 / load.work
+}
+
 enum Doing {
     Thinking {
         until: f64,
@@ -175,7 +180,7 @@ impl Events<'_> {
                 let done = (rate * time).min(*left);
                 *left -= done;
                 self.busy += done;
-                job.told.1 += done / 1000.0 / job.load.work;
+                job.told.1 += part(&job.load, done);
             }
         }
         self.now = to;
@@ -263,9 +268,7 @@ impl Events<'_> {
 
     fn look(&mut self) {
         let left = |job: &Active| match job.doing {
-            Doing::Aggregating { left, .. } => {
-                left / 1000.0 / job.load.work * self.jobs[job.index].round_bytes
-            }
+            Doing::Aggregating { left, .. } => part(&job.load, left) * self.jobs[job.index].round_bytes,
             Doing::Thinking { .. } => 0.0,
         };
         let bytes = self.active.iter().map(left).sum();

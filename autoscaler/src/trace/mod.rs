@@ -15,7 +15,7 @@ pub use score::{Score, Timeline};
 
 use thalweg_protocol::JobKey;
 
-use crate::demand::Load;
+use crate::{demand::Load, loads::Mix};
 
 /// Time or work that counts as none, milliseconds: after months a double tells no less than a millionth apart.
 const INSTANT: f64 = 1e-3;
@@ -65,11 +65,11 @@ impl TraceJob {
 
 /// Bytes handled for each byte of contributions, of jobs that are given with their periods, seconds.
 fn handled_per_byte<'a>(jobs: impl Iterator<Item = (&'a TraceJob, f64)>) -> f64 {
-    let sums = jobs.filter(|(_, period)| *period > 0.0 && period.is_finite());
-    let (contributions, results) = sums.fold((0.0, 0.0), |(contributions, results), (job, period)| {
-        (contributions + job.round_bytes / period, results + job.result_bytes / period)
-    });
-    if contributions > 0.0 { 1.0 + results / contributions } else { 1.0 }
+    let mut mix = Mix::default();
+    for (job, period) in jobs.filter(|(_, period)| *period > 0.0 && period.is_finite()) {
+        mix.count(job.round_bytes / period, job.result_bytes / period);
+    }
+    mix.handled_per_byte()
 }
 
 /// What the policy calls the job at this place in the trace.
