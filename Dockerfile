@@ -42,7 +42,7 @@ COPY --from=build /image /
 COPY --from=build --chown=10001:10001 /empty /var/lib/thalweg
 ARG COMMIT=
 ARG VERSION=0.1.0
-# Where the sources are published.
+# Where the sources are published; `make image` takes the clone's origin.
 ARG SOURCE=
 LABEL org.opencontainers.image.title="Thalweg" \
       org.opencontainers.image.description="Elastic, exactly-once aggregation of gradients" \

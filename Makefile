@@ -121,7 +121,8 @@ test-compose: $(PYTHON_ENV)/.made ## run docker-compose.yml for real: up, trains
 .PHONY: image
 image: ## build the container image thalweg:VERSION (ARGS=... for docker build, such as --build-arg FEATURES=kubernetes)
 	docker build --tag thalweg:$(VERSION) --build-arg VERSION=$(VERSION) \
-		--build-arg COMMIT="$$(git rev-parse --short=12 HEAD 2>/dev/null)" $(ARGS) .
+		--build-arg COMMIT="$$(git rev-parse --short=12 HEAD 2>/dev/null)" \
+		--build-arg SOURCE="$$(git remote get-url origin 2>/dev/null | grep '^https://')" $(ARGS) .
 
 # Optimised, and with the binary in it; what `pip install` takes.
 .PHONY: wheel

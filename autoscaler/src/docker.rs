@@ -10,7 +10,10 @@ use async_trait::async_trait;
 use bollard::{
     API_DEFAULT_VERSION, Docker,
     errors::Error as EngineError,
-    models::{ContainerCreateBody, ContainerSummary, ContainerSummaryStateEnum as State, HostConfig},
+    models::{
+        ContainerCreateBody, ContainerSummary, ContainerSummaryStateEnum as State, EndpointSettings,
+        HostConfig, NetworkingConfig,
+    },
     query_parameters::{
         CreateContainerOptionsBuilder, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
         StopContainerOptionsBuilder,
@@ -26,6 +29,8 @@ use crate::{Actuator, ActuatorError, StartError};
 const DEPLOYMENT: &str = "thalweg.deployment";
 /// Label with the id of the invoker in a container.
 const INVOKER: &str = "thalweg.invoker";
+/// Name of all invokers on their network.
+const ALIAS: &str = "thalweg-invokers";
 /// Longest wait for an answer of the engine, seconds.
 const ANSWER_SECONDS: u64 = 10;
 /// Time between looks at the containers.
@@ -50,6 +55,8 @@ pub struct DockerConfig {
     pub network: String,
     /// URL of the NATS server as seen from a container; by default that of the autoscaler.
     pub nats_url: Option<String>,
+    /// Address of the admin interface in a container. Default `127.0.0.1:0`, which nobody reaches from outside.
+    pub admin: String,
     /// Memory of a container, bytes; 0 = no limit. Default 0.
     pub memory_bytes: u64,
     /// CPUs of a container; 0 = no limit. Default 1.
@@ -64,6 +71,7 @@ impl Default for DockerConfig {
             image: "thalweg".to_owned(),
             network: "bridge".to_owned(),
             nats_url: None,
+            admin: "127.0.0.1:0".to_owned(),
             memory_bytes: 0,
             cpus: 1.0,
         }
@@ -157,6 +165,7 @@ impl DockerActuator {
             image: Some(config.image.clone()),
             cmd: Some(self.arguments.iter().map(|argument| argument.replace("{id}", id)).collect()),
             labels: Some(labels.map(|(label, value)| (label.to_owned(), value)).into()),
+            networking_config: self.networking(),
             host_config: Some(HostConfig {
                 network_mode: Some(config.network.clone()),
                 memory: limit(config.memory_bytes as f64),
@@ -166,6 +175,18 @@ impl DockerActuator {
             }),
             ..ContainerCreateBody::default()
         }
+    }
+
+    /// On a network of one's own, where an engine resolves names, all invokers are found by one: for Prometheus.
+    fn networking(&self) -> Option<NetworkingConfig> {
+        let network = &self.config.network;
+        let shared = ["bridge", "default", "host", "none"].contains(&network.as_str());
+        if shared || network.starts_with("container:") {
+            return None;
+        }
+        let endpoint =
+            EndpointSettings { aliases: Some(vec![ALIAS.to_owned()]), ..EndpointSettings::default() };
+        Some(NetworkingConfig { endpoints_config: Some(HashMap::from([(network.clone(), endpoint)])) })
     }
 
     /// Removes a container whatever its state; one that is gone is gone.

@@ -25,6 +25,8 @@ pub struct Demand {
     pub round_bytes: f64,
     /// Bytes of its result.
     pub result_bytes: f64,
+    /// Shards that it consists of; 0 = unknown, so many that every invoker has some.
+    pub shards: f64,
     /// Mean time from one round's end to the next one's, milliseconds.
     pub period_ms: f64,
     /// The same over the last ten seconds or the last round, whichever is longer.
@@ -33,7 +35,7 @@ pub struct Demand {
     pub jitter_ms: f64,
     /// Mean time from the last contribution of a round to its commit, milliseconds.
     pub delay_ms: f64,
-    /// When its newest round was first heard of.
+    /// When its newest round ended.
     pub moved_at: Millis,
     /// When an invoker last told of it.
     pub heard_at: Millis,
@@ -50,10 +52,11 @@ impl Demand {
 
     /// As the queueing network sees it, with invokers that handle so many bytes a second: contributions and results.
     /// `reference` is the number of invokers of its own that it is compared against where it names none, `parallel` how
-    /// many can work on its round.
+    /// many can work on the round of one with enough shards.
     #[must_use]
     pub fn load(&self, service_bytes_per_s: f64, reference: f64, parallel: f64) -> Load {
         let work = (self.round_bytes + self.result_bytes) / service_bytes_per_s;
+        let parallel = if self.shards > 0.0 { self.shards.max(1.0).min(parallel) } else { parallel };
         Load {
             work,
             think: self.think_ms() / 1000.0,
@@ -77,6 +80,7 @@ struct Mark {
     round: Round,
     bytes: u64,
     result_bytes: u64,
+    shards: u64,
     ended: u64,
     delay_ms: u64,
 }
@@ -86,6 +90,7 @@ struct Track {
     marks: VecDeque<Mark>,
     bytes: u64,
     result_bytes: u64,
+    shards: u64,
     ended: u64,
     delay_ms: u64,
     heard_at: Millis,
@@ -96,10 +101,13 @@ impl Track {
     fn learn(&mut self, load: &JobLoad, now: Millis) {
         self.bytes = self.bytes.saturating_add(load.bytes);
         self.result_bytes = self.result_bytes.saturating_add(load.result_bytes);
+        self.shards = self.shards.saturating_add(load.shards);
         self.ended = self.ended.saturating_add(load.rounds);
         self.delay_ms = self.delay_ms.saturating_add(load.delay_ms);
         self.heard_at = now;
         let (round, newest) = (load.round, self.marks.back().copied());
+        // When it ended, not when that was heard.
+        let now = now.saturating_sub(load.age_ms).max(newest.map_or(0, |newest| newest.at));
         if round == 0 || newest.is_some_and(|newest| newest.round == round) {
             return;
         }
@@ -120,8 +128,8 @@ impl Track {
         if self.marks.len() == MARKS {
             self.marks.pop_front();
         }
-        let Self { bytes, result_bytes, ended, delay_ms, .. } = *self;
-        self.marks.push_back(Mark { at: now, round, bytes, result_bytes, ended, delay_ms });
+        let Self { bytes, result_bytes, shards, ended, delay_ms, .. } = *self;
+        self.marks.push_back(Mark { at: now, round, bytes, result_bytes, shards, ended, delay_ms });
     }
 
     /// Of two rounds' ends or more.
@@ -142,6 +150,7 @@ impl Track {
         Some(Demand {
             round_bytes: (last.bytes - first.bytes) as f64 / rounds,
             result_bytes: (last.result_bytes - first.result_bytes) as f64 / rounds,
+            shards: (last.shards - first.shards) as f64 / rounds,
             period_ms,
             recent_period_ms: period(recent, last),
             jitter_ms: off / (self.marks.len() - 1) as f64,
@@ -214,7 +223,15 @@ mod tests {
     }
 
     fn load(round: Round, bytes: u64, delay_ms: u64) -> JobLoad {
-        JobLoad { round, rounds: 1, bytes, delay_ms, result_bytes: bytes / 2, ..JobLoad::new(key("a")) }
+        JobLoad {
+            round,
+            rounds: 1,
+            bytes,
+            delay_ms,
+            result_bytes: bytes / 2,
+            shards: 4,
+            ..JobLoad::new(key("a"))
+        }
     }
 
     fn known(jobs: &Jobs, now: Millis) -> Option<Demand> {
@@ -235,9 +252,23 @@ mod tests {
         assert!((demand.period_ms - 1000.0).abs() < 1.0, "{demand:?}");
         assert!((demand.round_bytes - 800.0).abs() < 30.0, "{demand:?}");
         assert!((demand.result_bytes - 400.0).abs() < 15.0, "{demand:?}");
+        assert!((demand.shards - 8.0).abs() < 0.3, "{demand:?}");
         assert!((demand.delay_ms - 30.0).abs() < 1.0, "{demand:?}");
         assert!(demand.jitter_ms < 1.0 && (demand.think_ms() - 970.0).abs() < 2.0);
         assert!(demand.is_active(43_900) && !demand.is_active(45_000));
+    }
+
+    #[test]
+    fn a_rounds_end_is_told_apart_from_when_it_is_heard_of() {
+        // A period of 300 ms, beats every 500 ms.
+        let mut jobs = Jobs::default();
+        for beat in [500, 1000] {
+            let load = load(beat / 300, 100, 0);
+            jobs.learn(&JobLoad { age_ms: beat % 300, ..load }, beat);
+        }
+        let demand = known(&jobs, 1000).unwrap();
+        assert!((demand.period_ms - 300.0).abs() < 0.1, "{demand:?}");
+        assert_eq!(demand.moved_at, 900);
     }
 
     #[test]

@@ -8,9 +8,11 @@ const OVERFLOWS: &str = "thalweg_nats_overflows_total";
 const VIOLATIONS: &str = "thalweg_invariant_violations_total";
 
 /// What [`violated`] knows.
-const INVARIANTS: [&str; 1] = [TWO_HOLDERS];
+const INVARIANTS: [&str; 2] = [TWO_HOLDERS, OTHER_BITS];
 /// Two invokers say that they hold one partition by the same epoch.
 pub const TWO_HOLDERS: &str = "two_holders";
+/// Two invocations of a function came to different values from the same contributions (invariant I5).
+pub const OTHER_BITS: &str = "other_bits";
 
 /// Describes the metrics; call once a recorder is installed.
 pub fn describe() {

@@ -2,11 +2,14 @@
 
 use std::{collections::BTreeMap, ops::Range, time::Duration};
 
-use async_nats::jetstream::{
-    self, ErrorCode as JetStreamError,
-    consumer::{AckPolicy, pull},
-    context::GetStreamErrorKind,
-    stream::{Config, DirectGetErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
+use async_nats::{
+    Client, Subject,
+    jetstream::{
+        self, ErrorCode as JetStreamError,
+        consumer::{AckPolicy, IntoConsumerConfig as _, pull},
+        context::GetStreamErrorKind,
+        stream::{Config, DirectGetErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
+    },
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -171,6 +174,46 @@ pub trait Queues: Send + Sync + std::fmt::Debug {
     async fn forget(&self, job: &JobKey) -> Result<(), QueueError>;
 }
 
+/// The only consumer of a queue.
+fn consumer(name: &str) -> pull::Config {
+    pull::Config {
+        durable_name: Some(name.to_owned()),
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        max_ack_pending: -1,
+        max_deliver: -1,
+        ..pull::Config::default()
+    }
+}
+
+/// Has the broker remove a consumer, and create the next one where there is a name for it; its answer to that goes to
+/// `reply`, for [`is_created`]. Nothing is waited for: the broker does what one connection asks for in order, so the queue
+/// is without a consumer for no longer than that takes. In a cluster, or after a failure, it may not be so; then that
+/// answer is an error.
+pub async fn replace_consumer(
+    client: &Client,
+    partition: Partition,
+    former: &str,
+    next: Option<(&str, Subject)>,
+) {
+    let stream = subjects::gradient_stream(partition);
+    // What is lost with the connection is missed by whoever waits for it.
+    let _ = client.publish(format!("$JS.API.CONSUMER.DELETE.{stream}.{former}"), Bytes::new()).await;
+    if let Some((name, reply)) = next {
+        let subject = format!("$JS.API.CONSUMER.CREATE.{stream}.{name}");
+        let config = consumer(name).into_consumer_config();
+        let body = serde_json::json!({ "stream_name": stream, "config": config, "action": "create" });
+        let _ = client.publish_with_reply(subject, reply, body.to_string().into()).await;
+    }
+}
+
+/// Whether that answer says that the consumer was created.
+#[must_use]
+pub fn is_created(answer: &[u8]) -> bool {
+    let answer = serde_json::from_slice::<jetstream::response::Response<jetstream::consumer::Info>>(answer);
+    matches!(answer, Ok(jetstream::response::Response::Ok(_)))
+}
+
 /// Creates what is missing of the streams and records when each one was created. Idempotent; run it
 /// on every connect, since a killed broker forgets memory streams with their definitions.
 ///
@@ -333,15 +376,8 @@ impl Queues for jetstream::Context {
     }
 
     async fn create_consumer(&self, partition: Partition, name: &str) -> Result<(), QueueError> {
-        let config = pull::Config {
-            durable_name: Some(name.to_owned()),
-            ack_policy: AckPolicy::Explicit,
-            ack_wait: ACK_WAIT,
-            max_ack_pending: -1,
-            max_deliver: -1,
-            ..pull::Config::default()
-        };
-        match self.create_consumer_on_stream(config, subjects::gradient_stream(partition)).await {
+        let stream = subjects::gradient_stream(partition);
+        match self.create_consumer_on_stream(consumer(name), stream).await {
             Ok(_) => Ok(()),
             Err(error) => {
                 let text = error.to_string();

@@ -419,34 +419,40 @@ def test_invokers_may_be_containers(deployment: Deployment) -> None:
     deployment.outcome(training)
     eventually("the autoscaler to be healthy", lambda: deployment.health("autoscaler") == "healthy")
 
+    deployment.compose("--profile", "observability", "up", "--detach", "--no-build", "prometheus")
     training = deployment.train(100_000)
     eventually("containers of invokers", lambda: run(*invokers))
+    eventually("their metrics", lambda: "thalweg-invokers" in scraped(deployment))
     run("docker", "rm", "--force", training)
     deployment.down()
     assert not deployment.leftovers()
+
+
+def ask(deployment: Deployment, path: str) -> Any:
+    """What Prometheus answers, or nothing as long as it does not."""
+    url = f"http://127.0.0.1:{deployment.ports['PROMETHEUS']}/api/v1/{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.load(answer)["data"]
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def scraped(deployment: Deployment) -> set[str]:
+    active = (ask(deployment, "targets") or {"activeTargets": []})["activeTargets"]
+    return {each["labels"]["component"] for each in active if each["health"] == "up"}
 
 
 @needs_engine
 def test_prometheus_hears_of_every_part(deployment: Deployment) -> None:
     deployment.up()
     deployment.compose("--profile", "observability", "up", "--detach", "--no-build", "prometheus")
-
-    def targets() -> set[str]:
-        url = f"http://127.0.0.1:{deployment.ports['PROMETHEUS']}/api/v1/targets"
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                active = json.load(answer)["data"]["activeTargets"]
-        except (urllib.error.URLError, OSError):
-            return set()
-        return {each["labels"]["component"] for each in active if each["health"] == "up"}
-
-    eventually("all parts to be scraped", lambda: targets() == set(PARTS) - {"nats"})
+    eventually("all parts to be scraped", lambda: scraped(deployment) == set(PARTS) - {"nats"})
     training = deployment.train(2000)
-    url = f"http://127.0.0.1:{deployment.ports['PROMETHEUS']}/api/v1/query?query=thalweg_invoker_rounds_total"
 
     def invokers() -> bool:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return any("invoker" in each["metric"] for each in json.load(answer)["data"]["result"])
+        answer = ask(deployment, "query?query=thalweg_invoker_rounds_total")
+        return any("invoker" in each["metric"] for each in answer["result"])
 
     eventually("an invoker's metrics", invokers)
     deployment.outcome(training)

@@ -17,6 +17,8 @@ pub(crate) struct Busyness {
     since: Instant,
     used_at: Duration,
     folded: u64,
+    /// It has folded before: the time of its first fold is that of its start, too.
+    started: bool,
     rate: f64,
 }
 
@@ -30,7 +32,15 @@ impl Busyness {
     pub(crate) fn new(cpus: f64, scope: CpuScope) -> Self {
         // Its work is one thread's.
         let cpus = cpus.clamp(0.01, 1.0);
-        Self { cpus, scope, since: Instant::now(), used_at: scope.used(), folded: 0, rate: 0.0 }
+        Self {
+            cpus,
+            scope,
+            since: Instant::now(),
+            used_at: scope.used(),
+            folded: 0,
+            started: false,
+            rate: 0.0,
+        }
     }
 
     /// Notes bytes of contributions folded, and of what they became.
@@ -45,7 +55,10 @@ impl Busyness {
         let busy = used.saturating_sub(self.used_at).as_secs_f64() / self.cpus;
         let folded = std::mem::take(&mut self.folded) as f64;
         (self.since, self.used_at) = (now, used);
-        self.rate = next_rate(self.rate, folded, busy);
+        if self.started {
+            self.rate = next_rate(self.rate, folded, busy);
+        }
+        self.started |= folded > 0.0;
         ((busy / elapsed).min(1.0), self.rate)
     }
 
@@ -101,6 +114,8 @@ mod tests {
     fn busy_is_the_share_of_the_quota() {
         let scope = CpuScope::Thread;
         let mut busyness = Busyness::new(0.5, scope);
+        busyness.folded(1 << 30);
+        assert_eq!(busyness.take().1, 0.0, "that was its start");
         let begun = scope.used();
         while scope.used() - begun < Duration::from_millis(20) {
             busyness.folded(1);

@@ -19,19 +19,28 @@ enum Slot {
     Leaving(Box<Leaving>),
 }
 
-/// A partition that is about to be given up. It is served on until the next holder asks for it and nothing of it is
-/// held, so that it is never without a holder and nothing has to be delivered again. But not for long, since whoever
-/// takes it over may be dead, and rounds may last: then no more rounds are begun, and those under way end.
+/// A partition that is about to be given up. It is served on until the next holder asks for it, nothing of it is held
+/// and the broker has every acknowledgement, so that it is never without a holder and nothing has to be delivered again.
+/// But not for long, since whoever takes it over may be dead, and rounds may last: then no more rounds are begun, and
+/// those under way end.
 #[derive(Debug)]
 struct Leaving {
     held: Holding,
     /// The next holder is there, or there will be none.
     asked: bool,
+    echo: Option<Echo>,
     served_until: Millis,
     /// Since when it is not served.
     unserved: Option<Millis>,
     /// Given up then at the latest.
     until: Millis,
+}
+
+/// What tells that the broker has every acknowledgement up to some delivery.
+#[derive(Clone, Copy, Debug)]
+struct Echo {
+    delivery: u64,
+    heard: bool,
 }
 
 /// How long a partition that is about to be given up is served while nobody asks for it.
@@ -55,8 +64,16 @@ pub enum Step {
     Tell(Event),
     /// Ask for messages.
     Pull(Partition),
-    /// Remove this consumer of ours, once every acknowledgement on its way has arrived, so that the next
-    /// holder sees an orderly handover.
+    /// Send ourselves a message behind all acknowledgements; when it comes back, call [`Holdings::echoed`].
+    Echo {
+        /// Of this partition.
+        partition: Partition,
+        /// By this consumer.
+        consumer: String,
+        /// After so many deliveries.
+        delivery: u64,
+    },
+    /// Remove this consumer of ours and tell the next holder; when the broker has done it, call [`Holdings::released`].
     Release {
         /// Of which partition.
         partition: Partition,
@@ -98,13 +115,15 @@ pub struct Holdings {
     drain_ms: Millis,
     slots: BTreeMap<Partition, Slot>,
     drain_until: Option<Millis>,
+    /// A consumer that the broker is replacing, and since when.
+    releasing: Option<(String, Millis)>,
 }
 
 impl Holdings {
     /// Nothing yet. `drain_ms` is the longest time to hand partitions over when told to stop.
     #[must_use]
     pub fn new(id: String, drain_ms: Millis) -> Self {
-        Self { id, drain_ms, slots: BTreeMap::new(), drain_until: None }
+        Self { id, drain_ms, slots: BTreeMap::new(), drain_until: None, releasing: None }
     }
 
     /// Takes what is placed here and leaves what is not.
@@ -146,7 +165,7 @@ impl Holdings {
         let served_until = until.min(now + if asked { SERVED_ON_MS } else { UNASKED_MS });
         match self.slots.remove(&partition) {
             Some(Slot::Held(held)) => {
-                let leaving = Leaving { held: *held, asked, served_until, unserved: None, until };
+                let leaving = Leaving { held: *held, asked, echo: None, served_until, unserved: None, until };
                 self.slots.insert(partition, Slot::Leaving(Box::new(leaving)));
             }
             Some(Slot::Leaving(mut leaving)) => {
@@ -171,6 +190,16 @@ impl Holdings {
         }
         self.leave(partition, true, now);
         true
+    }
+
+    /// The broker has every acknowledgement of up to so many deliveries ([`Step::Echo`]).
+    pub fn echoed(&mut self, partition: Partition, consumer: &str, delivery: u64) {
+        if let Some(Slot::Leaving(leaving)) = self.slots.get_mut(&partition)
+            && leaving.held.consumer == consumer
+            && let Some(echo) = leaving.echo.as_mut().filter(|echo| echo.delivery == delivery)
+        {
+            echo.heard = true;
+        }
     }
 
     /// A takeover has ended.
@@ -283,7 +312,13 @@ impl Holdings {
         self.drain_until.is_some() && self.slots.is_empty()
     }
 
-    /// Gives up what is ready for it; `rest` tells what a partition still has to do here.
+    /// The broker has replaced this consumer of ours ([`Step::Release`]).
+    pub fn released(&mut self, consumer: &str) {
+        self.releasing.take_if(|(releasing, _)| releasing == consumer);
+    }
+
+    /// Gives up what is ready for it; `rest` tells what a partition still has to do here. What is served goes one after
+    /// another: a busy broker needs a while for each, in which nobody would serve the others either.
     #[must_use]
     pub fn settle(&mut self, rest: impl Fn(Partition) -> Rest, now: Millis) -> Vec<Step> {
         let over = self.drain_until.is_some_and(|until| now >= until);
@@ -292,6 +327,8 @@ impl Holdings {
         }
         let mut steps = Vec::new();
         let mut done = Vec::new();
+        self.releasing.take_if(|(_, since)| now >= *since + SERVED_ON_MS);
+        let mut releasing = self.releasing.is_some();
         for (partition, slot) in &mut self.slots {
             let Slot::Leaving(leaving) = slot else {
                 done.extend(over.then_some(*partition));
@@ -299,14 +336,27 @@ impl Holdings {
             };
             let rest = rest(*partition);
             if now >= leaving.served_until && leaving.unserved.is_none() {
-                leaving.unserved = Some(now);
+                (leaving.unserved, leaving.echo) = (Some(now), None);
                 steps.push(Step::Tell(Event::Drain(*partition)));
             }
-            let finished = match leaving.unserved {
-                None => leaving.asked && rest == Rest::Nothing && leaving.held.is_dry(),
-                Some(_) => rest != Rest::Invocations || now > leaving.until,
+            let served = leaving.unserved.is_none();
+            let finished = if served {
+                leaving.asked && rest == Rest::Nothing && leaving.held.is_dry()
+            } else {
+                rest != Rest::Invocations
             };
-            done.extend((over || finished).then_some(*partition));
+            // What is delivered to a partition that is not served is delivered again.
+            let delivery = if served { leaving.held.deliveries() } else { u64::MAX };
+            if finished && leaving.echo.is_none_or(|echo| echo.delivery != delivery) {
+                leaving.echo = Some(Echo { delivery, heard: false });
+                let consumer = leaving.held.consumer.clone();
+                steps.push(Step::Echo { partition: *partition, consumer, delivery });
+            }
+            let echoed = leaving.echo.is_some_and(|echo| echo.heard && echo.delivery == delivery);
+            let overdue = over || !served && now > leaving.until;
+            let released = overdue || finished && echoed && !(served && releasing);
+            releasing |= released;
+            done.extend(released.then_some(*partition));
         }
         for partition in done {
             let slot = self.slots.remove(&partition);
@@ -316,8 +366,9 @@ impl Holdings {
                 Some(Slot::Leaving(leaving)) => (leaving.held, leaving.unserved.unwrap_or(now)),
                 _ => continue,
             };
-            tracing::info!(partition, epoch = held.epoch, "gives partition up");
             let unserved = now.saturating_sub(unserved);
+            tracing::info!(partition, epoch = held.epoch, unserved_ms = unserved, "gives partition up");
+            self.releasing = Some((held.consumer.clone(), now));
             steps.push(Step::Release { partition, consumer: held.consumer, unserved });
         }
         steps

@@ -3,9 +3,11 @@
 //! [`core`] is the sans-I/O heart: messages, replies and time go in; acknowledgements, folds, commits
 //! and publications come out. [`holdings`] decides likewise which partitions to take and to leave. The
 //! rest is the tokio shell around them: taking partitions over, pulling by credit, folding, and telling
-//! how busy it is. One current-thread task is one invoker.
+//! how busy it is. One current-thread task is one invoker; only changes of
+//! hands have a thread beside it ([`Control`]).
 
 mod beat;
+mod control;
 pub mod core;
 mod fold;
 pub mod holdings;
@@ -15,6 +17,7 @@ mod partition;
 mod quota;
 mod run;
 
+pub use control::Control;
 pub use fold::{FoldContext, fold};
 pub use job::Job;
 pub use partition::{

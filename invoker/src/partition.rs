@@ -7,8 +7,9 @@ use std::{
 
 use async_nats::Subject;
 use async_trait::async_trait;
+use futures::TryFutureExt as _;
 use thalweg_broker::{QueueError, Queues, Registry, RegistryError};
-use thalweg_protocol::{Epoch, Partition, Suspect, subjects, suspect_key};
+use thalweg_protocol::{Epoch, Handover, Partition, Suspect, subjects, suspect_key};
 
 use crate::{core::Millis, metrics};
 
@@ -47,10 +48,12 @@ pub struct Holding {
 /// An orderly handover, as the taker knows of it.
 #[derive(Clone, Copy, Debug)]
 pub struct HandedOver {
-    /// How long nobody had served the partition when the former holder said so.
+    /// How long nobody had served the partition when the former holder said so. The way of that message is not in it.
     pub unserved: Duration,
     /// When that was heard.
     pub heard: Instant,
+    /// Our consumer is there already.
+    pub created: bool,
 }
 
 impl HandedOver {
@@ -74,9 +77,8 @@ pub enum Former {
 /// Invokers, as one that takes a partition over reaches those that held it.
 #[async_trait]
 pub trait Peers: Send + Sync {
-    /// Asks the invoker that holds `partition` by `consumer` to hand it over, because of the placement of `epoch`;
-    /// waits for it, for a bounded time.
-    async fn ask(&self, partition: Partition, consumer: &str, epoch: Epoch) -> Former;
+    /// Asks the invoker that holds a partition by a consumer to hand it over; waits for it, for a bounded time.
+    async fn ask(&self, handover: Handover) -> Former;
 }
 
 /// End of a takeover.
@@ -132,23 +134,32 @@ pub async fn take_over(
     own: Option<String>,
 ) -> Result<Takeover, TakeoverError> {
     let mut queue = queues.look(partition).await?;
-    let mut handed_over = None;
-    let mut silent = false;
-    for (name, _) in &queue.consumers {
-        let theirs = subjects::consumer_epoch(name);
-        if theirs > epoch {
-            return Ok(Takeover::HigherEpoch(theirs));
-        }
-        if theirs < epoch && own.as_ref() != Some(name) {
-            match peers.ask(partition, name, epoch).await {
-                Former::HandedOver(orderly) => handed_over = Some(orderly),
-                Former::Gone => {}
-                Former::Silent => silent = true,
+    let newest = queue.consumers.iter().map(|(name, _)| subjects::consumer_epoch(name)).max();
+    if let Some(theirs) = newest.filter(|theirs| *theirs > epoch) {
+        return Ok(Takeover::HigherEpoch(theirs));
+    }
+    let name = subjects::consumer(epoch, taker.life, taker.nonce);
+    let ask = async {
+        let (mut handed_over, mut silent) = (None, false);
+        for (theirs, _) in &queue.consumers {
+            if subjects::consumer_epoch(theirs) < epoch && own.as_ref() != Some(theirs) {
+                let (consumer, next) = (theirs.clone(), name.clone());
+                match peers.ask(Handover { partition, consumer, epoch, next }).await {
+                    Former::HandedOver(orderly) => handed_over = Some(orderly),
+                    Former::Gone => {}
+                    Former::Silent => silent = true,
+                }
             }
         }
-    }
+        (handed_over, silent)
+    };
+    // Whoever hands over leaves no suspects, so there is nothing to wait for when it has.
+    let ((handed_over, silent), suspect) =
+        futures::join!(ask, read_suspect(registry, taker.invoker, partition, queue.created));
+    let is_ready = handed_over.is_some_and(|orderly: HandedOver| orderly.created) && suspect.is_ok();
+    let mut former = Vec::new();
     if handed_over.is_some() {
-        queue.consumers.clear();
+        former = std::mem::take(&mut queue.consumers);
     } else if silent {
         // It may have been given more meanwhile.
         queue = queues.look(partition).await?;
@@ -163,13 +174,16 @@ pub async fn take_over(
         unclean |= *pending > 0 && own.as_ref() != Some(name);
         queues.delete_consumer(partition, name).await?;
     }
-    let name = subjects::consumer(epoch, taker.life, taker.nonce);
     let stream_created = queue.created;
-    // At once, because nobody serves the partition meanwhile. Whoever died has written its suspects before.
-    let ((), (suspect, poison)) = futures::try_join!(
-        async { Ok::<_, TakeoverError>(queues.create_consumer(partition, &name).await?) },
-        async { Ok(read_suspect(registry, taker.invoker, partition, stream_created).await?) },
-    )?;
+    let (suspect, poison) = if is_ready {
+        suspect?
+    } else {
+        // At once, because nobody serves the partition meanwhile. Whoever died has written its suspects before.
+        let suspect = read_suspect(registry, taker.invoker, partition, stream_created);
+        let suspect = suspect.map_err(TakeoverError::from);
+        let create = create(queues, partition, &name, &former);
+        futures::try_join!(suspect, create)?.0
+    };
     let unclean = unclean || suspect.is_some();
     metrics::takeover(unclean);
     tracing::info!(partition, epoch, consumer = name, unclean, backlog = queue.messages, "holds partition");
@@ -187,6 +201,24 @@ pub async fn take_over(
     };
     let careful_until = (unclean && queue.messages > 0).then_some(queue.last_sequence);
     Ok(Takeover::Held { partition: Box::new(held), careful_until, poison })
+}
+
+/// Creates our consumer. `former` are those that their holder has asked the broker to remove, which may not have done it.
+async fn create(
+    queues: &dyn Queues,
+    partition: Partition,
+    name: &str,
+    former: &[(String, u64)],
+) -> Result<(), TakeoverError> {
+    match queues.create_consumer(partition, name).await {
+        Err(QueueError::Raced) if !former.is_empty() => {
+            for (theirs, _) in former {
+                queues.delete_consumer(partition, theirs).await?;
+            }
+            Ok(queues.create_consumer(partition, name).await?)
+        }
+        created => Ok(created?),
+    }
 }
 
 /// The contribution that was being tried when the last holder died, if any; and whether it has been
@@ -247,6 +279,11 @@ impl Holding {
         Some((subject, body))
     }
 
+    /// Deliveries so far.
+    pub(crate) fn deliveries(&self) -> u64 {
+        self.next_delivery - 1
+    }
+
     /// Notes a delivery; `false` when others before it were lost.
     pub fn delivered(&mut self, consumer_sequence: u64, now: Millis) -> bool {
         self.credit = self.credit.saturating_sub(1);
@@ -256,11 +293,10 @@ impl Holding {
         in_order
     }
 
-    /// How long the first message since the handover has waited because of it: from when it was published, or nobody
-    /// served any more, until somebody did. `None` for any other message.
+    /// How long before the takeover the first message since the handover was published. `None` for any other message.
     pub(crate) fn waited(&mut self, published: SystemTime) -> Option<Duration> {
-        let (unserved, served) = self.handed_over.take()?;
-        Some(served.duration_since(published).unwrap_or_default().min(unserved))
+        let (_, served) = self.handed_over.take()?;
+        Some(served.duration_since(published).unwrap_or_default())
     }
 
     /// Notes how many messages the broker has left for us.

@@ -22,6 +22,7 @@ use thalweg_store::ShardStore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    Control,
     beat::Busyness,
     core::{Core, Delivery, Event, Limits, Millis},
     holdings::{Delivered, Holdings},
@@ -98,7 +99,7 @@ const JOB_REFRESH: Duration = Duration::from_secs(2);
 pub async fn run(
     config: Config,
     connection: Connection,
-    control: Connection,
+    control: Control,
     store: Arc<dyn ShardStore>,
     scope: CpuScope,
     report: Report,
@@ -110,7 +111,7 @@ pub async fn run(
         config.id.clone()
     };
     report(Some("waiting for the registry"));
-    let Some(registry) = open_registry(&control, &shutdown).await else { return Ok(()) };
+    let Some(registry) = open_registry(&control.connection, &shutdown).await else { return Ok(()) };
     let limits = Limits {
         held_bytes: config.memory_bytes / 8 * 3,
         invocations: config.invocations.max(1),
@@ -179,8 +180,6 @@ enum Done {
     /// A fold has ended, of so many bytes of contributions and of their result.
     Folded(Event, u64),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
-    /// This consumer of ours is gone.
-    Released(String),
     Placement(Result<Placement, RegistryError>),
     Nothing,
 }
@@ -189,7 +188,7 @@ struct Shell {
     config: Config,
     id: String,
     connection: Connection,
-    control: Connection,
+    control: Control,
     registry: Registry,
     store: Arc<dyn ShardStore>,
     core: Core,
@@ -224,7 +223,7 @@ impl Shell {
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), async_nats::Error> {
         let client = self.connection.client.clone();
         let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
-        let control = self.control.client.clone();
+        let control = self.control.connection.client.clone();
         let mut asked = control.subscribe(subjects::handover(self.handovers.life())).await?;
         let mut questions = control.subscribe(subjects::ALL_TRACES).await?;
         let mut hints = control.subscribe(subjects::registry_hint(">")).await?;
@@ -291,10 +290,13 @@ impl Shell {
             self.step(steps).await;
             self.answer_handovers().await;
             self.pull_again().await;
-            if self.holdings.is_drained() && !self.handovers.are_under_way() {
+            if self.holdings.is_drained() {
                 // One last beat, with no partitions: whoever placed them here can stop waiting.
                 self.beat().await;
-                self.connection.taken_in(FAREWELL / 2).await;
+                tokio::join!(
+                    self.connection.taken_in(FAREWELL / 2),
+                    self.control.connection.taken_in(FAREWELL / 2)
+                );
                 let read_again_bytes = self.read_again_bytes.get();
                 tracing::info!(delivered_bytes = self.delivered_bytes, read_again_bytes, "invoker ends");
                 return Ok(());
@@ -370,7 +372,6 @@ impl Shell {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;
             }
-            Done::Released(consumer) => self.released(&consumer).await,
             Done::Took(partition, epoch, result) => {
                 handover::note(partition, epoch, &result);
                 let steps = self.holdings.took(partition, epoch, result, self.elapsed());
@@ -418,7 +419,7 @@ impl Shell {
         let held = self.holdings.held();
         let load = (self.core.held_messages(), self.core.held_bytes());
         metrics::held(load.1);
-        let jobs = self.core.take_loads();
+        let jobs = self.core.take_loads(now());
         let beat = self.busyness.beat(&self.id, self.state, held, load, jobs);
         let frame = frame::seal(Kind::Beat, &beat, &[]);
         let _ = self

@@ -57,9 +57,13 @@ pub struct Handover {
     pub consumer: String,
     /// Epoch of the placement by which it is taken over.
     pub epoch: Epoch,
+    /// The consumer of whoever asks, to be created instead; empty: it does that itself.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub next: String,
 }
 
-/// Header of the answer, once that consumer is gone.
+/// Header of the answer, once that consumer's removal is on its way to the broker. Where the next one is created as well, the
+/// broker's own answer to that follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandedOver {
     /// Since when nobody has served the partition, microseconds before this answer was sent; `None` when it was not

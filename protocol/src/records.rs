@@ -334,23 +334,29 @@ pub struct JobLoad {
     pub job: JobKey,
     /// The highest round of which a shard has been committed; 0 for none.
     pub round: Round,
-    /// Rounds that ended in this time: the next one's first shard has been committed.
+    /// Rounds whose first shard has been committed in this time.
     pub rounds: u64,
     /// Bytes of contributions in commits.
     pub bytes: u64,
-    /// Sum over `rounds` of the longest time from a shard's last contribution (when the broker stored it) to its
-    /// commit, milliseconds.
+    /// Sum over rounds of the longest time from a shard's last contribution (when the broker stored it) to its commit, as
+    /// far as there have been commits in this time, milliseconds.
     pub delay_ms: u64,
     /// Bytes of results in commits, those of partial ones included.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default)]
     pub result_bytes: u64,
+    /// Shards of which a round has been committed.
+    #[serde(default)]
+    pub shards: u64,
+    /// Time since the first commit of `round`, milliseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub age_ms: u64,
 }
 
 impl JobLoad {
     /// A job that has asked for nothing yet.
     #[must_use]
     pub fn new(job: JobKey) -> Self {
-        Self { job, round: 0, rounds: 0, bytes: 0, delay_ms: 0, result_bytes: 0 }
+        Self { job, round: 0, rounds: 0, bytes: 0, delay_ms: 0, result_bytes: 0, shards: 0, age_ms: 0 }
     }
 }
 

@@ -335,7 +335,23 @@ fn workers_and_results() -> Vec<Golden> {
         golden(
             "handover",
             Kind::Handover,
-            Handover { partition: 31, consumer: "e7-001234ab00000005".into(), epoch: 8 },
+            Handover {
+                partition: 31,
+                consumer: "e7-001234ab00000005".into(),
+                epoch: 8,
+                next: "e8-0badcafe00000001".into(),
+            },
+            &[],
+        ),
+        golden(
+            "handover_echo",
+            Kind::Handover,
+            Handover {
+                partition: 31,
+                consumer: "e7-001234ab00000005".into(),
+                epoch: 300,
+                next: String::new(),
+            },
             &[],
         ),
         golden("handed_over", Kind::HandedOver, HandedOver { unserved_us: Some(70_000) }, &[]),
@@ -538,7 +554,7 @@ fn records() -> Vec<Golden> {
         if state == InvokerState::Ready {
             let load =
                 JobLoad { round: 300, rounds: 2, bytes: 1 << 33, delay_ms: 17, ..JobLoad::new(spec().key) };
-            let with_results = JobLoad { result_bytes: 1 << 31, ..load.clone() };
+            let with_results = JobLoad { result_bytes: 1 << 31, shards: 600, age_ms: 499, ..load.clone() };
             let beat = InvokerBeat { jobs: vec![load], ..beat };
             goldens.push(golden("beat_with_jobs", Kind::Beat, beat.clone(), &[]));
             let beat = InvokerBeat { jobs: vec![with_results], ..beat };

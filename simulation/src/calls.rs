@@ -21,7 +21,7 @@ use thalweg_broker::{
     StreamsConfig,
 };
 use thalweg_invoker::{Former, HandedOver, Peers};
-use thalweg_protocol::{Epoch, JobKey, Kind, Partition, StoreReply, StoreRequest, frame, subjects};
+use thalweg_protocol::{Handover, JobKey, Kind, Partition, StoreReply, StoreRequest, frame, subjects};
 use thalweg_store::{Route, StoreClient, StoreError};
 
 use crate::network::Millis;
@@ -54,7 +54,7 @@ pub(crate) enum Ask {
     /// Of all gateways; the leading one answers.
     Beat(Bytes),
     /// Of the invoker whose life it is: to hand a partition over that it holds by this consumer.
-    Handover(u32, Partition, String, Epoch),
+    Handover(u32, Handover),
     /// Of nobody: time.
     Sleep(Millis),
 }
@@ -73,6 +73,8 @@ pub(crate) enum Answer {
     Refused(QueueError),
     Frame(Bytes),
     Done,
+    /// Handed over; whether the next consumer is there already.
+    HandedOver(bool),
     /// Nobody holds that, as far as who was asked knows; or nobody is there.
     NotHeld,
     /// Nobody answered in time.
@@ -266,13 +268,12 @@ impl Queues for Remote {
 
 #[async_trait]
 impl Peers for Remote {
-    async fn ask(&self, partition: Partition, consumer: &str, epoch: Epoch) -> Former {
-        let Some(life) = subjects::consumer_life(consumer) else { return Former::Gone };
-        let query = Ask::Handover(life, partition, consumer.to_owned(), epoch);
-        match Self::ask(self, query).await {
-            Answer::Done => {
+    async fn ask(&self, handover: Handover) -> Former {
+        let Some(life) = subjects::consumer_life(&handover.consumer) else { return Former::Gone };
+        match Self::ask(self, Ask::Handover(life, handover)).await {
+            Answer::HandedOver(created) => {
                 let (unserved, heard) = (std::time::Duration::ZERO, std::time::Instant::now());
-                Former::HandedOver(HandedOver { unserved, heard })
+                Former::HandedOver(HandedOver { unserved, heard, created })
             }
             Answer::NotHeld => Former::Gone,
             _ => Former::Silent,

@@ -9,8 +9,8 @@ use thalweg_invoker::{
     take_over,
 };
 use thalweg_protocol::{
-    GradientHeader, Incarnation, InvokerBeat, InvokerState, JobKey, Kind, Ledger, NonFinite, PLACEMENT_KEY,
-    Partition, Placement, ResultHeader, Round, ShardIndex, checksum, frame,
+    GradientHeader, Handover, Incarnation, InvokerBeat, InvokerState, JobKey, Kind, Ledger, NonFinite,
+    PLACEMENT_KEY, Partition, Placement, ResultHeader, Round, ShardIndex, checksum, frame,
 };
 use thalweg_store::ShardStore as _;
 
@@ -33,10 +33,8 @@ pub(crate) const EPOCH_MS: Millis = 1_000_000_000;
 pub(crate) struct Host {
     pub(crate) core: Core,
     pub(crate) holdings: Holdings,
-    /// Who waits for a partition: by which consumer it is held, and the question.
-    asked: Vec<(Partition, String, Actor, CallId)>,
-    /// Consumers that are being removed.
-    releasing: Vec<String>,
+    /// Who waits for a partition.
+    asked: Vec<(Handover, Actor, CallId)>,
     placement: Placement,
     draining: bool,
     ending: bool,
@@ -55,7 +53,6 @@ impl World {
             core: Core::new(limits),
             holdings: Holdings::new(format!("i{number}"), DRAIN_MS),
             asked: Vec::new(),
-            releasing: Vec::new(),
             placement: Placement::default(),
             draining: false,
             ending: false,
@@ -109,15 +106,30 @@ impl World {
                 }
                 Step::Tell(event) => self.tell(number, event),
                 Step::Pull(partition) => self.pull(number, partition),
-                Step::Release { partition, consumer, .. } => {
+                Step::Echo { partition, consumer, delivery } => {
                     // Sent after the acknowledgements on the same connection.
                     let remote = self.remote(me);
-                    if let Some(host) = self.invokers.get_mut(&number) {
-                        host.releasing.push(consumer.clone());
+                    self.spawn(me, async move {
+                        let _ = remote.ask(Ask::Keys).await;
+                        Done::Echoed(partition, consumer, delivery)
+                    });
+                }
+                Step::Release { partition, consumer, .. } => {
+                    let remote = self.remote(me);
+                    let Some(host) = self.invokers.get_mut(&number) else { return };
+                    let of_it =
+                        |(handover, ..): &mut (Handover, Actor, CallId)| handover.consumer == consumer;
+                    let mut waiting: Vec<_> = host.asked.extract_if(.., of_it).collect();
+                    waiting.sort_by_key(|(handover, ..)| handover.epoch);
+                    let newest = waiting.pop();
+                    for (_, to, id) in waiting {
+                        self.send(me, to, Body::Answer(id, Answer::HandedOver(false)));
                     }
                     self.spawn(me, async move {
                         let _ = remote.ask(Ask::DeleteConsumer(partition, consumer.clone())).await;
-                        Done::Released(consumer)
+                        let Some((handover, to, id)) = newest else { return Done::Released(consumer, None) };
+                        let created = remote.ask(Ask::CreateConsumer(partition, handover.next)).await;
+                        Done::Released(consumer, Some((to, id, matches!(created, Answer::Done))))
                     });
                 }
                 Step::ReadPlacement => {
@@ -326,11 +338,11 @@ impl World {
                     self.step(number, steps);
                 }
             }
-            Body::Handover { from, id, partition, consumer, epoch } => {
+            Body::Handover { from, id, handover } => {
                 let now = self.now;
                 let Some(host) = self.invokers.get_mut(&number) else { return };
-                host.holdings.asked(partition, &consumer, epoch, now);
-                host.asked.push((partition, consumer, from, id));
+                host.holdings.asked(handover.partition, &handover.consumer, handover.epoch, now);
+                host.asked.push((handover, from, id));
                 if let Some(at) = host.holdings.settle_at() {
                     self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
                 }
@@ -422,13 +434,16 @@ impl World {
         let now = self.now;
         match done {
             Done::Core(event) => self.tell(number, event),
-            Done::Released(consumer) => {
+            Done::Released(consumer, taker) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
-                host.releasing.retain(|releasing| *releasing != consumer);
-                let of_it = |(_, held, _, _): &mut (Partition, String, Actor, CallId)| *held == consumer;
-                for (_, _, to, id) in host.asked.extract_if(.., of_it).collect::<Vec<_>>() {
-                    self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::Done));
+                host.holdings.released(&consumer);
+                if let Some((to, id, created)) = taker {
+                    self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::HandedOver(created)));
                 }
+            }
+            Done::Echoed(partition, consumer, delivery) => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                host.holdings.echoed(partition, &consumer, delivery);
             }
             Done::Took(partition, epoch, taken) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
@@ -474,7 +489,7 @@ impl World {
         self.step(number, steps);
         self.answer_handovers(number);
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        if host.holdings.is_drained() && host.releasing.is_empty() && !host.ending {
+        if host.holdings.is_drained() && !host.ending {
             host.ending = true;
             self.invoker_beats(number);
             let life = self.life(Actor::Invoker(number));
@@ -485,11 +500,11 @@ impl World {
     /// Answers those who wait for what is not held here, or no more.
     fn answer_handovers(&mut self, number: u32) {
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        let (holdings, releasing) = (&host.holdings, &host.releasing);
-        let idle = |(partition, consumer, _, _): &mut (Partition, String, Actor, CallId)| {
-            !holdings.holds(*partition, consumer) && !releasing.contains(consumer)
+        let holdings = &host.holdings;
+        let idle = |(handover, ..): &mut (Handover, Actor, CallId)| {
+            !holdings.holds(handover.partition, &handover.consumer)
         };
-        for (_, _, to, id) in host.asked.extract_if(.., idle).collect::<Vec<_>>() {
+        for (_, to, id) in host.asked.extract_if(.., idle).collect::<Vec<_>>() {
             self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::NotHeld));
         }
     }
@@ -508,6 +523,7 @@ impl World {
     }
 
     fn invoker_beats(&mut self, number: u32) {
+        let now = self.now;
         let Some(host) = self.invokers.get_mut(&number) else { return };
         let beat = InvokerBeat {
             invoker: format!("i{number}"),
@@ -518,7 +534,7 @@ impl World {
             held_messages: host.core.held_messages() as u64,
             held_bytes: host.core.held_bytes() as u64,
             cpu_quota: 1.0,
-            jobs: host.core.take_loads(),
+            jobs: host.core.take_loads(host.epoch + now),
         };
         self.send(Actor::Invoker(number), Actor::Broker, Body::Beat(beat));
     }

@@ -6,7 +6,7 @@
 //! when the connection is back, and requests without an answer time out.
 
 use bytes::Bytes;
-use thalweg_protocol::{Epoch, InvokerBeat, JobKey, Partition, Rank};
+use thalweg_protocol::{Handover, InvokerBeat, JobKey, Partition, Rank};
 
 use crate::calls::{Answer, Ask, CallId};
 
@@ -42,9 +42,7 @@ pub(crate) enum Body {
     Handover {
         from: Actor,
         id: CallId,
-        partition: Partition,
-        consumer: String,
-        epoch: Epoch,
+        handover: Handover,
     },
     /// Somebody wrote this key.
     Hint(String),

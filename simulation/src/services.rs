@@ -168,10 +168,10 @@ impl World {
                 }
                 return;
             }
-            Ask::Handover(life, partition, consumer, epoch) => {
+            Ask::Handover(life, handover) => {
                 let holder = Actor::Invoker(life);
                 if self.is_connected(holder) {
-                    let body = Body::Handover { from, id, partition, consumer, epoch };
+                    let body = Body::Handover { from, id, handover };
                     return self.send(Actor::Broker, holder, body);
                 }
                 Answer::NotHeld

@@ -89,7 +89,9 @@ pub(crate) enum Done {
     // Of an invoker.
     Core(CoreEvent),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
-    Released(String),
+    Echoed(Partition, String, u64),
+    /// This consumer was replaced; whom to tell, and whether theirs was created.
+    Released(String, Option<(Actor, CallId, bool)>),
     Placement(Option<Placement>),
     Republish(JobKey, ShardKey, Option<ShardState>),
     DeadLetter(Partition, u64, bool),

@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
-use thalweg_protocol::CommitOutcome;
+use thalweg_broker::{
+    Said,
+    metrics::{OTHER_BITS, violated},
+};
+use thalweg_protocol::{Commit, CommitOutcome, JobKey};
 
 use crate::local::Usage;
 
@@ -70,6 +74,20 @@ pub(crate) fn committed(outcome: &CommitOutcome, bytes: usize) {
     counter!(COMMITS, "outcome" => name(outcome)).increment(1);
     if matches!(outcome, CommitOutcome::Committed(_)) {
         counter!(COMMIT_BYTES).increment(bytes as u64);
+    }
+}
+
+/// Two invokers have come to different values of one round. What is stored counts, for all workers.
+pub(crate) fn other_bits(job: &JobKey, commit: &Commit) {
+    violated(OTHER_BITS);
+    static SAID: Said = Said::new();
+    if SAID.is_new(&job.to_string()) {
+        let (shard, round) = (commit.shard, commit.ledger.round);
+        tracing::error!(
+            %job, shard, round,
+            "two invocations of the aggregation function came to different bits from the same contributions: it is not \
+             deterministic, or a host reckons wrongly; what was stored first counts"
+        );
     }
 }
 

@@ -38,6 +38,14 @@ pub(crate) fn admit(current: &Head, fences: &Fences, commit: &Commit, state: &[u
     Admission::Write { next, state_checksum }
 }
 
+/// Whether `commit`, which met a conflict, counts the same contributions on the same version by the same function as what
+/// made `current`, and yet came to other values than those with this checksum: then the function is not deterministic
+/// (invariant I5). What is stored counts.
+pub(crate) fn other_bits(current: &Head, state_checksum: u64, commit: &Commit) -> bool {
+    // A head hashes all of them; with the stored values in place of the commit's only the rest is compared.
+    commit.expect.next(&commit.ledger, commit.function, state_checksum) == current.closed()
+}
+
 /// Outcome of looking at a partial commit before anything is written.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum PartialAdmission {
@@ -221,6 +229,38 @@ impl Fences {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_bits_are_told_from_other_rounds() {
+        let zero = Head::initial([1; 16], 0, 0);
+        let commit = |round, function| Commit {
+            job: Incarnation([1; 16]),
+            shard: 0,
+            expect: zero,
+            ledger: Ledger { round, ..Ledger::default() },
+            function: [function; 16],
+        };
+        let winner = commit(1, 7);
+        let stored = checksum(&[b"stored"]);
+        let head = winner.expect.next(&winner.ledger, winner.function, stored);
+        assert_eq!(
+            admit(&head, &Fences::default(), &winner, b"others"),
+            Admission::Done(CommitOutcome::Conflict(head))
+        );
+        assert!(other_bits(&head, stored, &winner));
+        assert!(other_bits(&head.folded_on(), stored, &winner), "whatever is folded on it");
+        let mut others = commit(1, 7);
+        others.ledger.counted.insert(3);
+        let elsewhere = Commit { expect: Head::initial([2; 16], 0, 0), ..commit(1, 7) };
+        for (what, commit) in [
+            ("another round", commit(2, 7)),
+            ("another function", commit(1, 8)),
+            ("another history", elsewhere),
+            ("others are counted", others),
+        ] {
+            assert!(!other_bits(&head, stored, &commit), "{what}");
+        }
+    }
 
     #[test]
     fn fences_apply_from_their_round_and_stay_few() {

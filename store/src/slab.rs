@@ -368,6 +368,12 @@ impl Slab {
         let fences = lock(&self.common).superblock.fences.clone();
         let (next, state_checksum) = match rules::admit(&current, &fences, &commit, state) {
             Admission::Done(outcome) => {
+                if matches!(outcome, CommitOutcome::Conflict(_))
+                    && let Some(stored) = shard.current_header().map(|header| header.state_checksum)
+                    && rules::other_bits(&current, stored, &commit)
+                {
+                    metrics::other_bits(&self.job.key, &commit);
+                }
                 return Ok(Written::Done(outcome, self.ticket(&shard)));
             }
             Admission::Write { next, state_checksum } => (next, state_checksum),

@@ -7,7 +7,7 @@ use thalweg_autoscaler::{
     Actuator, AgentActuator, DockerActuator, ExternalActuator, InProcessActuator, ProcessActuator,
 };
 use thalweg_broker::{Connection, NatsConfig, no_report};
-use thalweg_invoker::CpuScope;
+use thalweg_invoker::{Control, CpuScope};
 use thalweg_store::ShardStore;
 use thalweg_telemetry::others::Others;
 use tokio_util::sync::CancellationToken;
@@ -57,7 +57,7 @@ pub fn tied_process(program: &Path, config: &Config, others: Others) -> ProcessA
 
 /// With the help of the kernel where there is a quota: a whole CPU is what one thread can use at most.
 fn child(program: &Path, config: &Config, more: &[&str], drain: Duration, others: Others) -> ProcessActuator {
-    let mut arguments = arguments(config, &config.nats.url);
+    let mut arguments = arguments(config, &config.nats.url, "127.0.0.1:0");
     arguments.push("--announce".to_owned());
     arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
     let announce = Arc::new(move |id: &str, address: Option<SocketAddr>| others.set(id, address));
@@ -82,7 +82,7 @@ pub async fn agents(config: &Config, connection: &Connection) -> anyhow::Result<
 /// When the engine does not answer.
 pub async fn docker(config: &Config) -> anyhow::Result<DockerActuator> {
     let docker = config.autoscaler.docker.clone();
-    let arguments = arguments(config, docker.nats_url.as_ref().unwrap_or(&config.nats.url));
+    let arguments = arguments(config, docker.nats_url.as_ref().unwrap_or(&config.nats.url), &docker.admin);
     let files = config.nats.credentials.iter().cloned().collect();
     Ok(DockerActuator::open(docker, arguments, files, drain_timeout(config)).await?)
 }
@@ -103,7 +103,7 @@ async fn kubernetes(_config: &Config) -> anyhow::Result<Box<dyn Actuator>> {
 }
 
 /// The arguments of an invoker, its id as `{id}`, with this process's settings for it.
-fn arguments(config: &Config, nats_url: &str) -> Vec<String> {
+fn arguments(config: &Config, nats_url: &str, admin: &str) -> Vec<String> {
     let invoker = &config.invoker;
     let sets = [
         ("invoker.cpu_quota", format!("{:?}", invoker.cpu_quota)),
@@ -119,7 +119,7 @@ fn arguments(config: &Config, nats_url: &str) -> Vec<String> {
     let credentials =
         config.nats.credentials.iter().map(|path| ("nats.credentials", path.display().to_string()));
     let mut args: Vec<String> = vec!["invoker".into(), "--id".into(), "{id}".into(), "--admin".into()];
-    args.push("127.0.0.1:0".into());
+    args.push(admin.to_owned());
     args.extend(["--nats-url".into(), nats_url.to_owned()]);
     let pool = invoker.pool.iter().map(|pool| ("invoker.pool", pool.to_string()));
     for (key, value) in sets.into_iter().chain(pool).chain(credentials) {
@@ -161,7 +161,7 @@ fn invoke(
         let control = format!("{}-control", config.id);
         let opened = tokio::try_join!(
             Connection::open(&config.id, nats, token),
-            Connection::open(&control, nats, token),
+            Control::open(&control, nats, token),
         );
         let (connection, control) = match opened {
             Ok((Some(connection), Some(control))) => (connection, control),

@@ -5,7 +5,7 @@ use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use futures::FutureExt as _;
 use thalweg_broker::{Connection, Registry, Report};
-use thalweg_invoker::CpuScope;
+use thalweg_invoker::{Control, CpuScope};
 use thalweg_protocol::{STORE_KEY, StoreRecord};
 use thalweg_store::{LocalStore, OpenOptions, ShardStore, StoreClient};
 use thalweg_telemetry::config::Loader;
@@ -90,7 +90,8 @@ pub async fn invoker(
     if let Some(connection) = connect(&config, "thalweg-invoker", &host).await? {
         let report = host.report("invoker");
         if let Some(store) = find_store(&connection, &report, &host.shutdown).await {
-            let Some(control) = connect(&config, "thalweg-invoker-control", &host).await? else {
+            let control = Control::open("thalweg-invoker-control", &config.nats, &host.shutdown).await;
+            let Some(control) = control.context("connecting to NATS")? else {
                 host.close().await;
                 return Ok(());
             };

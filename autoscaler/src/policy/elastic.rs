@@ -25,6 +25,9 @@ const EFFECT_MS: Millis = 3000;
 /// Time that those who were just added have to begin with their work before there are more, unless twice as many are
 /// needed. While some have not begun at all there are no more either.
 const GROW_PAUSE_MS: Millis = 700;
+/// At most so many times as many at once for the sake of jobs: what is known of them while they wait for too few invokers
+/// is half or twice the truth, and in [`GROW_PAUSE_MS`] more is known.
+const GROW_FACTOR: usize = 4;
 /// Share of the growth by which the throughput must have grown.
 const EFFECT: f64 = 0.2;
 /// Time for which no more are added when the last ones made none.
@@ -70,6 +73,8 @@ struct Wanted {
     chosen: usize,
     /// Fewest that would be tolerated; not more than `chosen`.
     kept: usize,
+    /// What load asks for that belongs to no job: it is counted, not learned.
+    hurried: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -250,7 +255,8 @@ impl Policy for Elastic {
         let view = View { history, latest, config };
         let chosen = outlook.need(view, CHOSEN_FOR, 1.0);
         let kept = outlook.need(view, 1.0, TOLERATED_UTILISATION);
-        self.remember(history, Wanted { at: latest.at, chosen: chosen.max(kept), kept }, config);
+        let (chosen, hurried) = (chosen.max(kept), outlook.hurried(view, 1.0));
+        self.remember(history, Wanted { at: latest.at, chosen, kept, hurried }, config);
         let bounded = current.clamp(fewest, most);
         if let Some(reverted) = self.revert(&outlook, bounded, now, config) {
             return reverted;
@@ -304,7 +310,8 @@ impl Elastic {
         let waits = self.last_growth.is_some_and(|last| at < last + GROW_PAUSE_MS) || serving < current;
         let paused = waits && kept < 2 * current;
         if kept > current && !paused {
-            return chosen;
+            let most = usize::max(GROW_FACTOR * current, lasting(|wanted| wanted.hurried));
+            return if current > 0 { chosen.min(most) } else { chosen };
         }
         // The first never waits.
         current.max(self.wanted.back().map_or(0, |newest| newest.kept.min(1)))

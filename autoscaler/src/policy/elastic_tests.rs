@@ -210,6 +210,7 @@ impl World {
         let demand = Demand {
             round_bytes: work * 200e6,
             result_bytes: 0.0,
+            shards: 0.0,
             period_ms: period * 1000.0,
             recent_period_ms: period * 1000.0,
             jitter_ms: 0.0,

@@ -244,7 +244,7 @@ impl Events<'_> {
     }
 
     fn beat(&mut self) {
-        let jobs = self.jobs;
+        let (jobs, now) = (self.jobs, self.now);
         let loads: Vec<_> = (self.active.iter_mut())
             .filter(|job| job.told.1 > 0.0)
             .map(|job| {
@@ -256,6 +256,7 @@ impl Events<'_> {
                     bytes: (part * round_bytes) as u64,
                     delay_ms: delay_ms as u64,
                     result_bytes: (part * result_bytes) as u64,
+                    age_ms: (now - job.round_began) as u64,
                     ..JobLoad::new(job.key.clone())
                 }
             })

@@ -238,6 +238,7 @@ impl Fluid<'_> {
                 let demand = Demand {
                     round_bytes,
                     result_bytes,
+                    shards: 0.0,
                     period_ms,
                     recent_period_ms: period_ms,
                     jitter_ms: 0.0,

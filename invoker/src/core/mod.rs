@@ -166,8 +166,8 @@ impl Core {
     }
 
     /// What jobs have asked of this invoker since the last call, for its next heartbeat.
-    pub fn take_loads(&mut self) -> Vec<JobLoad> {
-        self.tally.take()
+    pub fn take_loads(&mut self, now: Millis) -> Vec<JobLoad> {
+        self.tally.take(now)
     }
 
     /// Messages held or parked.

@@ -535,7 +535,8 @@ impl Core {
             }
         }
         let delay = last_published.map_or(0, |last| self.now.saturating_sub(last));
-        self.tally.round(&plan.job.record.spec.key, plan.round, (plan.input_bytes(), result_bytes), delay);
+        let (job, bytes) = (&plan.job.record.spec.key, (plan.input_bytes(), result_bytes));
+        self.tally.round(job, plan.round, bytes, delay, self.now);
         let nudges = std::mem::take(&mut shard.nudges).into_iter().map(|(sequence, _)| sequence);
         for sequence in sequences.into_iter().chain(nudges) {
             self.actions.push(Action::Acknowledge(plan.partition, sequence));

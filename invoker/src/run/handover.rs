@@ -1,17 +1,14 @@
 //! Handing partitions from one invoker to the next in order (rule P19).
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use async_nats::{Client, Message, Subject};
+use async_nats::{Client, Message, StatusCode, Subject};
 use async_trait::async_trait;
-use thalweg_broker::{Queues as _, RequestError, request};
+use futures::StreamExt as _;
+use thalweg_broker::{is_created, replace_consumer};
 use thalweg_protocol::{Epoch, HandedOver, Handover, Kind, Partition, frame, subjects};
-use tokio::sync::oneshot;
 
-use super::{Done, Shell};
+use super::Shell;
 use crate::{
     metrics,
     partition::{self, Former, Peers, Takeover, TakeoverError},
@@ -26,32 +23,41 @@ pub(super) struct Neighbours<'a>(pub(super) &'a Client);
 
 #[async_trait]
 impl Peers for Neighbours<'_> {
-    async fn ask(&self, partition: Partition, consumer: &str, epoch: Epoch) -> Former {
-        let Some(life) = subjects::consumer_life(consumer) else { return Former::Gone };
-        let query = Handover { partition, consumer: consumer.to_owned(), epoch };
-        let kinds = (Kind::Handover, Kind::HandedOver);
-        let reply = request(self.0, &subjects::handover(life), kinds, &query, &[], PATIENCE).await;
-        match reply {
-            Ok((HandedOver { unserved_us: Some(unserved) }, _)) => {
-                let unserved = Duration::from_micros(unserved);
-                Former::HandedOver(partition::HandedOver { unserved, heard: Instant::now() })
-            }
-            Ok((HandedOver { unserved_us: None }, _)) | Err(RequestError::NoResponders(_)) => Former::Gone,
+    async fn ask(&self, handover: Handover) -> Former {
+        let Some(life) = subjects::consumer_life(&handover.consumer) else { return Former::Gone };
+        match self.answers(life, &handover).await {
+            Ok(former) => former,
             Err(error) => {
-                tracing::info!(partition, consumer, %error, "a former holder does not hand over");
+                let Handover { partition, consumer, .. } = handover;
+                tracing::info!(partition, consumer, error, "a former holder does not hand over");
                 Former::Silent
             }
         }
     }
 }
 
-/// A consumer of ours that is being removed.
-#[derive(Debug)]
-struct Releasing {
-    /// Since when its partition is not served.
-    since: Instant,
-    /// The broker has everything that was sent before.
-    echoed: Option<oneshot::Sender<()>>,
+impl Neighbours<'_> {
+    /// What the former holder answers, and what the broker does to its request for our consumer.
+    async fn answers(&self, life: u32, handover: &Handover) -> Result<Former, String> {
+        let until = tokio::time::Instant::now() + PATIENCE;
+        let inbox = self.0.new_inbox();
+        let mut answers = self.0.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
+        let frame = frame::seal(Kind::Handover, handover, &[]);
+        let asked = self.0.publish_with_reply(subjects::handover(life), inbox, frame).await;
+        asked.map_err(|error| error.to_string())?;
+        let mut next = async || tokio::time::timeout_at(until, answers.next()).await.ok().flatten();
+        let answer = next().await.ok_or("no answer in time")?;
+        if answer.status == Some(StatusCode::NO_RESPONDERS) {
+            return Ok(Former::Gone);
+        }
+        let opened = frame::open::<HandedOver>(Kind::HandedOver, &answer.payload);
+        let Some(unserved) = opened.map_err(|error| error.to_string())?.0.unserved_us else {
+            return Ok(Former::Gone);
+        };
+        let (unserved, heard) = (Duration::from_micros(unserved), Instant::now());
+        let created = next().await.is_some_and(|answer| is_created(&answer.payload));
+        Ok(Former::HandedOver(partition::HandedOver { unserved, heard, created }))
+    }
 }
 
 /// Who waits for our partitions.
@@ -59,68 +65,61 @@ struct Releasing {
 pub(super) struct Handovers {
     life: u32,
     waiting: Vec<(Handover, Subject)>,
-    /// Consumers that are being removed.
-    releasing: HashMap<String, Releasing>,
 }
 
 impl Handovers {
     pub(super) fn new() -> Self {
-        Self { life: rand::random(), waiting: Vec::new(), releasing: HashMap::new() }
+        Self { life: rand::random(), waiting: Vec::new() }
     }
 
     /// Under which we are asked.
     pub(super) fn life(&self) -> u32 {
         self.life
     }
-
-    /// This consumer will be gone soon; its partition has not been served for so long.
-    fn releasing(&mut self, consumer: &str, unserved: Duration) -> oneshot::Receiver<()> {
-        let (echoed, echo) = oneshot::channel();
-        let now = Instant::now();
-        let since = now.checked_sub(unserved).unwrap_or(now);
-        self.releasing.insert(consumer.to_owned(), Releasing { since, echoed: Some(echoed) });
-        echo
-    }
-
-    /// Whether consumers are still being removed.
-    pub(super) fn are_under_way(&self) -> bool {
-        !self.releasing.is_empty()
-    }
 }
 
 impl Shell {
-    /// Removes a consumer of ours, once every acknowledgement on its way has arrived.
-    ///
-    /// That takes an echo: a message to ourselves, sent behind the acknowledgements on the connection for contributions,
-    /// and received on the other one. A flush would be answered behind all contributions that are on their way.
-    pub(super) async fn release(&mut self, partition: Partition, consumer: String, unserved: Duration) {
-        let echo = self.handovers.releasing(&consumer, unserved);
-        let query = Handover { partition, consumer: consumer.clone(), epoch: 0 };
+    /// Sends ourselves a message behind the acknowledgements on the connection for contributions; it is received on the other
+    /// one. A flush would be answered behind all contributions that are on their way.
+    pub(super) async fn echo(&self, partition: Partition, consumer: String, delivery: u64) {
+        self.echo_on(&self.connection.client, partition, consumer, delivery).await;
+    }
+
+    async fn echo_on(&self, client: &Client, partition: Partition, consumer: String, delivery: u64) {
+        let query = Handover { partition, consumer, epoch: delivery, next: String::new() };
         let frame = frame::seal(Kind::Handover, &query, &[]);
         // One that is lost with the connection is not waited for.
-        let _ = self.connection.client.publish(subjects::handover(self.handovers.life), frame).await;
-        let jetstream = self.control.jetstream.clone();
-        self.work.push(Box::pin(async move {
-            let _ = tokio::time::timeout(PATIENCE, echo).await;
-            let _ = jetstream.delete_consumer(partition, &consumer).await;
-            Done::Released(consumer)
-        }));
+        let _ = client.publish(subjects::handover(self.handovers.life), frame).await;
+    }
+
+    /// Replaces a consumer of ours, whose partition has not been served for so long, by that of whoever waits for it by the
+    /// newest placement.
+    pub(super) async fn release(&mut self, partition: Partition, consumer: String, unserved: Duration) {
+        let unserved = u64::try_from(unserved.as_micros()).unwrap_or(u64::MAX);
+        let of_it = |(handover, _): &mut (Handover, Subject)| handover.consumer == consumer;
+        let waiting: Vec<_> = self.handovers.waiting.extract_if(.., of_it).collect();
+        for (_, reply) in &waiting {
+            self.hand_over(reply.clone(), Some(unserved)).await;
+        }
+        let newest = waiting.into_iter().max_by_key(|(handover, _)| handover.epoch);
+        let next = newest.as_ref().filter(|(handover, _)| !handover.next.is_empty());
+        let next = next.map(|(handover, reply)| (handover.next.as_str(), reply.clone()));
+        let client = &self.control.connection.client;
+        replace_consumer(client, partition, &consumer, next).await;
+        self.echo_on(client, partition, consumer, u64::MAX).await;
     }
 
     /// Somebody takes one of our partitions over; or it is an echo, which wants no answer.
     pub(super) fn asked_for(&mut self, message: Message) {
         match frame::open::<Handover>(Kind::Handover, &message.payload) {
             Ok((handover, _)) => {
+                let Handover { partition, consumer, epoch, .. } = &handover;
                 let Some(reply) = message.reply else {
-                    let releasing = self.handovers.releasing.get_mut(&handover.consumer);
-                    if let Some(echoed) = releasing.and_then(|releasing| releasing.echoed.take()) {
-                        // Whoever waited too long has gone on.
-                        let _ = echoed.send(());
-                    }
-                    return;
+                    self.holdings.echoed(*partition, consumer, *epoch);
+                    return self.holdings.released(consumer);
                 };
                 let elapsed = self.elapsed();
-                self.holdings.asked(handover.partition, &handover.consumer, handover.epoch, elapsed);
+                self.holdings.asked(*partition, consumer, *epoch, elapsed);
                 self.handovers.waiting.push((handover, reply));
             }
             // It waits as long as for anybody who does not answer.
@@ -128,23 +127,11 @@ impl Shell {
         }
     }
 
-    /// A consumer of ours is gone.
-    pub(super) async fn released(&mut self, consumer: &str) {
-        let since = self.handovers.releasing.remove(consumer).map(|releasing| releasing.since);
-        let of_it = |(handover, _): &mut (Handover, Subject)| handover.consumer == consumer;
-        for (_, reply) in self.handovers.waiting.extract_if(.., of_it).collect::<Vec<_>>() {
-            let unserved = since.map(|since| u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX));
-            self.hand_over(reply, unserved).await;
-        }
-    }
-
     /// Answers those who wait for what is not ours, or no more.
     pub(super) async fn answer_handovers(&mut self) {
-        let (holdings, releasing) = (&self.holdings, &self.handovers.releasing);
-        let idle = |(handover, _): &mut (Handover, Subject)| {
-            let Handover { partition, consumer, .. } = handover;
-            !holdings.holds(*partition, consumer) && !releasing.contains_key(consumer)
-        };
+        let holdings = &self.holdings;
+        let idle =
+            |(handover, _): &mut (Handover, Subject)| !holdings.holds(handover.partition, &handover.consumer);
         for (_, reply) in self.handovers.waiting.extract_if(.., idle).collect::<Vec<_>>() {
             self.hand_over(reply, None).await;
         }
@@ -153,7 +140,7 @@ impl Shell {
     async fn hand_over(&self, reply: Subject, unserved_us: Option<u64>) {
         let frame = frame::seal(Kind::HandedOver, &HandedOver { unserved_us }, &[]);
         // Whoever does not hear it waits no longer than for a dead one.
-        let _ = self.control.client.publish(reply, frame).await;
+        let _ = self.control.connection.client.publish(reply, frame).await;
     }
 }
 

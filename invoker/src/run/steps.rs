@@ -1,6 +1,6 @@
 //! Moving partitions: performing the steps that [`crate::holdings`] decides on.
 
-use std::time::Duration;
+use std::{panic::resume_unwind, time::Duration};
 
 use bytes::Bytes;
 use thalweg_protocol::{Partition, Placement, placement_key};
@@ -20,13 +20,15 @@ impl Shell {
         for step in steps {
             match step {
                 Step::Take { partition, epoch, own } => {
-                    let (connection, registry) = (self.control.clone(), self.registry.clone());
+                    let (connection, registry) = (self.control.connection.clone(), self.registry.clone());
                     let (id, life) = (self.id.clone(), self.handovers.life());
-                    self.work.push(Box::pin(async move {
+                    let taking = self.control.spawn(async move {
                         let taker = Taker { invoker: &id, life, nonce: rand::random() };
                         let (queues, peers) = (&connection.jetstream, Neighbours(&connection.client));
-                        let at = (partition, epoch);
-                        let result = take_over(queues, &registry, &peers, taker, at, own).await;
+                        take_over(queues, &registry, &peers, taker, (partition, epoch), own).await
+                    });
+                    self.work.push(Box::pin(async move {
+                        let result = taking.await.unwrap_or_else(|error| resume_unwind(error.into_panic()));
                         Done::Took(partition, epoch, result)
                     }));
                 }
@@ -35,6 +37,9 @@ impl Shell {
                     self.perform(actions).await;
                 }
                 Step::Pull(partition) => self.pull(partition).await,
+                Step::Echo { partition, consumer, delivery } => {
+                    self.echo(partition, consumer, delivery).await;
+                }
                 Step::Release { partition, consumer, unserved } => {
                     self.release(partition, consumer, Duration::from_millis(unserved)).await;
                 }

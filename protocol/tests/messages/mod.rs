@@ -84,8 +84,8 @@ messages! {
     Lease: Record, (incarnation(), U64).prop_map(|(holder, renewals)| Lease { holder, renewals });
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
-    Handover: Handover, (U16, text(), U64)
-        .prop_map(|(partition, consumer, epoch)| Handover { partition, consumer, epoch });
+    Handover: Handover, (U16, text(), U64, text())
+        .prop_map(|(partition, consumer, epoch, next)| Handover { partition, consumer, epoch, next });
     HandedOver: HandedOver, option::of(U64).prop_map(|unserved_us| HandedOver { unserved_us });
     Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
     AgentBeat: AgentBeat, agent_beat();
@@ -553,14 +553,9 @@ fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
     let state =
         prop::sample::select(vec![InvokerState::Starting, InvokerState::Ready, InvokerState::Draining]);
     let numbers = (number(), number(), number());
-    let load = (key(), U64, U64, (U64, U64), U64);
-    let load = load.prop_map(|(job, round, rounds, (bytes, result_bytes), delay_ms)| JobLoad {
-        job,
-        round,
-        rounds,
-        bytes,
-        delay_ms,
-        result_bytes,
+    let load = (key(), U64, U64, (U64, U64), (U64, U64, U64));
+    let load = load.prop_map(|(job, round, rounds, (bytes, result_bytes), (delay_ms, shards, age_ms))| {
+        JobLoad { job, round, rounds, bytes, delay_ms, result_bytes, shards, age_ms }
     });
     (text(), state, vec((U16, U64), 0..40), numbers, (U64, U64), vec(load, 0..3)).prop_map(
         |(invoker, state, partitions, (service_bytes_per_s, busy, cpu_quota), held, jobs)| {

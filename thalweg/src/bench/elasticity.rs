@@ -344,6 +344,7 @@ impl Run<'_> {
                 irregular: self.args.irregular.clone(),
                 durability: Durability::Process,
                 function: self.args.function,
+                yielding: false,
             };
             crew.hire(&worker.command_line())?;
         }

@@ -1,7 +1,11 @@
 //! `thalweg bench metrics`: what recording metrics costs, against the same deployment without.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    fs,
+    io::{IsTerminal as _, Write as _},
+};
 
+use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::{Value, json};
 use thalweg_protocol::Durability;
@@ -31,6 +35,9 @@ pub(super) struct Args {
     /// Worker processes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: u32,
+    /// Count instructions by valgrind's callgrind, some fifty times slower and without the noise of a shared machine
+    #[arg(long)]
+    instructions: bool,
     /// Print one line of JSON and nothing else
     #[arg(long)]
     json: bool,
@@ -48,12 +55,16 @@ struct Side {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    if args.instructions {
+        return instructions(args);
+    }
     let gradient = Gradient::of_mib(args.mib);
     let bar = ProgressBar::new(u64::from(args.pairs)).with_message("starting");
     if !std::io::stderr().is_terminal() || args.json {
         bar.set_draw_target(ProgressDrawTarget::hidden());
     }
-    let mut sides = [Side::start(args, gradient, true)?, Side::start(args, gradient, false)?];
+    let mut sides =
+        [Side::start(args, gradient, true, Vec::new())?, Side::start(args, gradient, false, Vec::new())?];
     let measured = measure(args, &mut sides, &bar);
     if let Err(error) = measured {
         sides.iter().for_each(|side| side.stack.explain());
@@ -99,14 +110,15 @@ fn measure(args: &Args, sides: &mut [Side; 2], bar: &ProgressBar) -> anyhow::Res
 }
 
 impl Side {
-    fn start(args: &Args, gradient: Gradient, metrics: bool) -> anyhow::Result<Self> {
-        let stack = Stack::start(&Options {
+    fn start(args: &Args, gradient: Gradient, metrics: bool, wrapper: Vec<String>) -> anyhow::Result<Self> {
+        let options = Options {
             invokers: Invokers::fixed(1),
             broker_memory_bytes: (1 << 30_u64).max(2 * u64::from(args.workers) * gradient.bytes()),
             sync_always: false,
             settings: vec![format!("admin.metrics={metrics}")],
             logs: None,
-        })?;
+        };
+        let stack = Stack::start_under(wrapper, &options)?;
         let mut crew = Crew::new();
         for rank in 0..args.workers {
             let ranks = (rank, args.workers);
@@ -134,10 +146,82 @@ impl Side {
     }
 }
 
+/// Compares instructions: those of long runs, less those of runs that only warm up.
+fn instructions(args: &Args) -> anyhow::Result<()> {
+    let gradient = Gradient::of_mib(args.mib);
+    let bar = ProgressBar::new(u64::from(args.pairs)).with_message("counting instructions");
+    if !std::io::stderr().is_terminal() || args.json {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    let mut counts = [Vec::new(), Vec::new()];
+    for pair in 0..args.pairs {
+        for side in [pair % 2, (pair + 1) % 2] {
+            let counted = |rounds| counted(args, gradient, side == 0, rounds);
+            counts[side as usize].push(counted(WARM_UP + args.rounds)? - counted(WARM_UP)?);
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let [with, without] = &counts;
+    let mib = f64::from(args.workers * args.rounds) * gradient.bytes() as f64 / f64::from(1 << 20);
+    let costs = costs(with, without);
+    let report = json!({
+        "pairs": args.pairs,
+        "rounds": args.rounds,
+        "workers": args.workers,
+        "mib": gradient.bytes() as f64 / f64::from(1 << 20),
+        "instructions_per_mib": { "with": quantile(with, 0.5) / mib, "without": quantile(without, 0.5) / mib },
+        "cost_percent_median": quantile(&costs, 0.5),
+        "cost_percent_mean": costs.iter().sum::<f64>() / costs.len() as f64,
+        "cost_percent_ci95": confidence(&costs),
+    });
+    let mut out = std::io::stdout().lock();
+    if !args.json {
+        writeln!(
+            out,
+            "{:.0} instructions per MiB with metrics, {:.0} without: {:+.2} % (95 % confidence: ±{:.2})",
+            quantile(with, 0.5) / mib,
+            quantile(without, 0.5) / mib,
+            report["cost_percent_mean"].as_f64().unwrap_or(f64::NAN),
+            report["cost_percent_ci95"].as_f64().unwrap_or(f64::NAN),
+        )?;
+    }
+    writeln!(out, "{report}")?;
+    Ok(())
+}
+
+/// Instructions of store, gateway, autoscaler and invoker, from their starts to their ends, with so many rounds.
+fn counted(args: &Args, gradient: Gradient, metrics: bool, rounds: u32) -> anyhow::Result<f64> {
+    let directory = tempfile::tempdir().context("creating a temporary directory")?;
+    let counts = format!("--callgrind-out-file={}/%p", directory.path().display());
+    let wrapper = ["valgrind", "--tool=callgrind", "--quiet", "--trace-children=yes", &counts];
+    let mut side = Side::start(args, gradient, metrics, wrapper.map(str::to_owned).to_vec())?;
+    if let Err(error) = side.rounds(rounds) {
+        side.stack.explain();
+        return Err(error);
+    }
+    side.crew.dismiss()?;
+    side.stack.stop()?;
+    let (mut sum, mut processes) = (0.0, 0);
+    for file in fs::read_dir(directory.path())? {
+        let text = fs::read_to_string(file?.path())?;
+        let total = text.lines().rev().find_map(|line| line.strip_prefix("totals: "));
+        sum += total.and_then(|total| total.parse::<f64>().ok()).context("callgrind has counted nothing")?;
+        processes += 1;
+    }
+    // Whoever was killed has left no count.
+    ensure!(processes == 4, "callgrind has counted {processes} processes instead of 4");
+    Ok(sum)
+}
+
+/// By how much more there is with than without in each pair, percent.
+fn costs(with: &[f64], without: &[f64]) -> Vec<f64> {
+    with.iter().zip(without).map(|(with, without)| (with / without - 1.0) * 100.0).collect()
+}
+
 fn report(args: &Args, gradient: Gradient, [with, without]: &[Side; 2]) -> Value {
     let gib = f64::from(args.workers) * gradient.bytes() as f64 / f64::from(1 << 30) * f64::from(args.rounds);
-    let costs: Vec<_> =
-        with.cpu.iter().zip(&without.cpu).map(|(with, without)| (with / without - 1.0) * 100.0).collect();
+    let costs = costs(&with.cpu, &without.cpu);
     json!({
         "pairs": args.pairs,
         "rounds": args.rounds,

@@ -26,7 +26,8 @@ use crate::{demo::quantile, models::Model};
 /// Arguments of `thalweg bench migrate`.
 ///
 /// A job trains the tensors of a real model on invokers that the benchmark itself places partitions on. Rounds come in
-/// pairs: in one of the two, at some moment, every partition is placed on another invoker.
+/// pairs: in one of the two, at some moment, every partition is placed on another invoker. The workers run at a lower
+/// priority than everything else (nice 15), because they stand for other machines.
 ///
 /// suspension_ms: of each move, the longest time that any partition had messages in its queue and no holder, from the
 /// last moment at which the old one served it (or the first message came) to the first at which the new one does; mean
@@ -175,6 +176,7 @@ impl Bench<'_> {
             let (ranks, gradient) = ((rank, self.args.workers), self.gradient);
             let worker =
                 WorkerArgs::new(self.stack.url(), ranks, gradient, Durability::Process, self.args.function);
+            let worker = WorkerArgs { yielding: true, ..worker };
             self.crew.hire(&worker.command_line())?;
         }
         self.crew.hear().map(drop)
@@ -255,16 +257,17 @@ impl Bench<'_> {
         let mut longest = Suspension::default();
         for (partition, held) in self.lines(HOLDS, epoch)? {
             let number = |lines: &BTreeMap<u64, journal::Line>, name| lines.get(&partition)?.number(name);
-            let (waited_ms, unserved_ms) = match number(&in_order, "unserved_ms") {
-                Some(unserved) => (number(&waited, "waited_ms").unwrap_or(0.0), unserved),
-                None => {
-                    longest.disorderly += 1;
-                    // One whose holder never gave it up was served until its consumer was taken from it. Nobody knows
-                    // whether messages were there.
-                    let since = given_up.get(&partition).map(|line| held.at.duration_since(line.at));
-                    let unserved = since.and_then(Result::ok).unwrap_or_default().as_secs_f64() * 1e3;
-                    (unserved, unserved)
-                }
+            // From its own last service to the next holder's first, by the clock of the host that both are on. One
+            // whose holder never gave it up was served until its consumer was taken from it.
+            let since = given_up.get(&partition).map(|line| held.at.duration_since(line.at));
+            let since = since.and_then(Result::ok).unwrap_or_default().as_secs_f64() * 1e3;
+            let unserved_ms = since + number(&given_up, "unserved_ms").unwrap_or(0.0);
+            let waited_ms = if in_order.contains_key(&partition) {
+                number(&waited, "waited_ms").unwrap_or(0.0).min(unserved_ms)
+            } else {
+                longest.disorderly += 1;
+                // Nobody knows whether messages were there.
+                unserved_ms
             };
             longest.waited_ms = longest.waited_ms.max(waited_ms);
             longest.unserved_ms = longest.unserved_ms.max(unserved_ms);

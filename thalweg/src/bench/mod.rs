@@ -82,11 +82,18 @@ fn survive_interrupts() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// By how much a worker stands back that must not disturb what is measured.
+const YIELDING: i32 = 15;
+
 /// A worker process.
 ///
 /// # Errors
 /// Those of the SDK, and when a result is wrong.
 pub fn worker(args: WorkerArgs) -> anyhow::Result<()> {
+    if args.yielding {
+        // Before there is another thread, which would not follow.
+        rustix::process::nice(YIELDING)?;
+    }
     // One thread for either pattern: nothing here computes meanwhile, and hand-overs between threads cost more
     // than they gain on a machine that the whole deployment shares.
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(worker::run(args))

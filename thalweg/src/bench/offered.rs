@@ -1,4 +1,4 @@
-//! A load that is offered by the clock, whatever becomes of it.
+//! A load of many small jobs, of which more or fewer train.
 
 use std::{
     sync::{
@@ -8,83 +8,66 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
 use thalweg_sdk::{Client, FunctionSpec, Job, Worker};
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet};
 
 use super::load;
 
-/// Time between looks at the clock.
-const TICK: Duration = Duration::from_millis(5);
 /// How often the noise of a noisy load changes.
 const NOISE: Duration = Duration::from_millis(250);
+/// Part of its think time by which each of a job's differs, at most.
+const VARIATION: f64 = 0.1;
 
-/// Many small jobs of one worker each. A push falls due whenever the clock says so and goes to the job whose turn it is;
-/// it waits there while that job's push before it has no result. So what is offered does not depend on what is done,
-/// as long as the jobs are not all waiting.
+/// Jobs of one worker and one shard each, which push, wait for the result, and think. So what they push depends on what is
+/// done, as that of all synchronous jobs does.
 #[derive(Debug)]
 pub(super) struct Offered {
-    shared: Arc<Shared>,
+    wished: watch::Sender<Wish>,
+    done: Arc<AtomicU64>,
     tasks: JoinSet<anyhow::Result<()>>,
-    bytes: u64,
 }
 
-#[derive(Debug, Default)]
-struct Shared {
-    /// Bytes a second, as the bits of an f64.
-    rate: AtomicU64,
-    /// Part of the rate by which it varies, likewise.
-    noise: AtomicU64,
-    /// Pushes due, and pushes done.
-    due: AtomicU64,
-    done: AtomicU64,
+/// What is offered.
+#[derive(Clone, Copy, Debug)]
+struct Wish {
+    /// The first so many train.
+    jobs: usize,
+    think: Duration,
+    /// Part of the think time by which that of all jobs differs at a time, at most.
+    noise: f64,
 }
 
-/// What has been pushed and has its result.
+/// Rounds that have their result.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Served {
     pub(super) at: Instant,
-    pub(super) pushes: u64,
+    pub(super) rounds: u64,
 }
 
 impl Offered {
-    /// Joins `jobs` jobs with contributions of so many bytes each; nothing is offered yet. The first result after a
-    /// time without any is told through `first`: how long its push took.
+    /// Joins `jobs` jobs with contributions of so many bytes each; none trains yet.
     pub(super) async fn start(client: &Client, jobs: usize, bytes: u64) -> anyhow::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let mut tasks = JoinSet::new();
-        let mut queues = Vec::with_capacity(jobs);
+        let (wished, _) = watch::channel(Wish { jobs: 0, think: Duration::ZERO, noise: 0.0 });
+        let (done, mut tasks) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
+        let begun = Instant::now();
         for number in 0..jobs {
             let job = Job::new(&format!("load-{number}"))?;
             let job = job.tensor("w", [bytes / 4]).shard_bytes(u32::try_from(bytes)?);
             let worker = client.join(job.function_spec(FunctionSpec::named("sum")), 0).await?;
-            let (queue, due) = mpsc::unbounded_channel();
-            queues.push(queue);
-            tasks.spawn(push(worker, (bytes / 4) as usize, due, shared.clone()));
+            let elements = (bytes / 4) as usize;
+            tasks.spawn(train(worker, elements, number, wished.subscribe(), done.clone(), begun));
         }
-        tasks.spawn(pace(queues, bytes, shared.clone()));
-        Ok(Self { shared, tasks, bytes })
+        Ok(Self { wished, done, tasks })
     }
 
-    /// From now on so many bytes a second, by a part of `noise` more or less at a time.
-    pub(super) fn offer(&self, bytes_per_s: f64, noise: f64) {
-        self.shared.noise.store(noise.to_bits(), Ordering::Relaxed);
-        self.shared.rate.store(bytes_per_s.to_bits(), Ordering::Relaxed);
+    /// From now on the first `jobs` train. Those that begin do so at different moments of one think time, the first at
+    /// once.
+    pub(super) fn offer(&self, jobs: usize, think: Duration, noise: f64) {
+        self.wished.send_replace(Wish { jobs, think, noise });
     }
 
     pub(super) fn served(&self) -> Served {
-        Served { at: Instant::now(), pushes: self.shared.done.load(Ordering::Relaxed) }
-    }
-
-    /// Bytes a second that were served between two moments.
-    pub(super) fn rate(&self, from: Served, to: Served) -> f64 {
-        let seconds = (to.at - from.at).as_secs_f64();
-        (to.pushes - from.pushes) as f64 * self.bytes as f64 / seconds
-    }
-
-    /// Pushes that are due and have no result.
-    pub(super) fn waiting(&self) -> u64 {
-        self.shared.due.load(Ordering::Relaxed).saturating_sub(self.shared.done.load(Ordering::Relaxed))
+        Served { at: Instant::now(), rounds: self.done.load(Ordering::Relaxed) }
     }
 
     /// Fails when any of its tasks has.
@@ -96,50 +79,48 @@ impl Offered {
     }
 }
 
-/// Hands out what falls due, job by job.
-async fn pace(queues: Vec<mpsc::UnboundedSender<()>>, bytes: u64, shared: Arc<Shared>) -> anyhow::Result<()> {
-    let mut ticks = tokio::time::interval(TICK);
-    let (begun, mut before) = (Instant::now(), Instant::now());
-    let (mut credit, mut next) = (0.0, 0);
-    loop {
-        ticks.tick().await;
-        let now = Instant::now();
-        let rate = f64::from_bits(shared.rate.load(Ordering::Relaxed));
-        let noise = f64::from_bits(shared.noise.load(Ordering::Relaxed));
-        // An odd number in -127..=127 for each stretch of time, the same in every run.
-        let stretch = (begun.elapsed().as_millis() / NOISE.as_millis()) as u32;
-        let factor = 1.0 + noise * f64::from(load::base(stretch, 1)) / 127.0;
-        credit += rate * factor * (now - before).as_secs_f64() / bytes as f64;
-        before = now;
-        if rate == 0.0 {
-            // The next load begins with a push.
-            credit = 1.0;
-            continue;
-        }
-        while credit >= 1.0 {
-            credit -= 1.0;
-            shared.due.fetch_add(1, Ordering::Relaxed);
-            ensure!(queues[next].send(()).is_ok(), "a job has ended");
-            next = (next + 1) % queues.len();
-        }
+impl Served {
+    /// Rounds a second since an earlier moment.
+    pub(super) fn rate_since(self, earlier: Self) -> f64 {
+        (self.rounds - earlier.rounds) as f64 / (self.at - earlier.at).as_secs_f64()
     }
 }
 
-/// One job: a round for each push that is due, its result compared.
-async fn push(
+/// One job: while it is among those that train, round after round, each result compared.
+async fn train(
     mut worker: Worker,
     elements: usize,
-    mut due: mpsc::UnboundedReceiver<()>,
-    shared: Arc<Shared>,
+    number: usize,
+    mut wished: watch::Receiver<Wish>,
+    done: Arc<AtomicU64>,
+    begun: Instant,
 ) -> anyhow::Result<()> {
     let mut values = vec![0.0; elements];
-    while due.recv().await.is_some() {
-        let round = u32::try_from(worker.round())?;
-        load::fill(&mut values, 0, round, 0);
-        worker.push("w", &values).await?;
-        worker.pull("w", &mut values).await?;
-        load::check_sum(&values, 0, round, 1)?;
-        shared.done.fetch_add(1, Ordering::Relaxed);
+    let seed = u32::try_from(number)?;
+    while let Ok(wish) = wished.wait_for(|wish| number < wish.jobs).await.map(|wish| *wish) {
+        let phase = if number == 0 { 0.0 } else { (1.0 + chance(seed, 0)) / 2.0 };
+        tokio::time::sleep(wish.think.mul_f64(phase)).await;
+        loop {
+            let Wish { jobs, think, noise } = *wished.borrow();
+            if number >= jobs {
+                break;
+            }
+            let round = u32::try_from(worker.round())?;
+            load::fill(&mut values, 0, round, 0);
+            worker.push("w", &values).await?;
+            worker.pull("w", &mut values).await?;
+            load::check_sum(&values, 0, round, 1)?;
+            done.fetch_add(1, Ordering::Relaxed);
+            // The same noise for all jobs.
+            let stretch = (begun.elapsed().as_millis() / NOISE.as_millis()) as u32;
+            let factor = (1.0 + VARIATION * chance(seed, round)) * (1.0 + noise * chance(stretch, 1));
+            tokio::time::sleep(think.mul_f64(factor)).await;
+        }
     }
     Ok(())
+}
+
+/// Between -1 and 1, the same in every run.
+fn chance(element: u32, round: u32) -> f64 {
+    f64::from(load::base(element, round)) / 127.0
 }

@@ -1,6 +1,7 @@
 //! A private deployment: every component a process of its own, so that its CPU time can be told apart.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -69,10 +70,17 @@ pub(super) struct Stack {
     logs: PathBuf,
     /// Flags of every component.
     settings: Vec<String>,
+    /// The beginning of every component's command line, such as a profiler; mostly empty.
+    wrapper: Vec<String>,
 }
 
 impl Stack {
     pub(super) fn start(options: &Options) -> anyhow::Result<Self> {
+        Self::start_under(Vec::new(), options)
+    }
+
+    /// With every component but the broker run by another program, which is given its command line as arguments.
+    pub(super) fn start_under(wrapper: Vec<String>, options: &Options) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir().context("creating a temporary directory")?;
         let logs = options.logs.clone().unwrap_or_else(|| directory.path().join("logs"));
         fs::create_dir_all(&logs).with_context(|| format!("creating {}", logs.display()))?;
@@ -92,7 +100,8 @@ impl Stack {
         let settings: Vec<_> =
             settings.into_iter().flat_map(|setting| ["--set".to_owned(), setting]).collect();
         let spawn = |component: &str, more: &[&str]| {
-            spawn((component, component), &server.url(), (&settings, more), (directory.path(), &logs))
+            let places = (directory.path(), logs.as_path());
+            spawn(&wrapper, (component, component), &server.url(), (&settings, more), places)
         };
         let data = directory.path().join("store").display().to_string();
         let store = spawn("store", &["--data-dir", &data])?;
@@ -102,7 +111,18 @@ impl Stack {
             Invokers::Own => None,
         };
         let (own_invokers, ended_cpu) = (Vec::new(), 0.0);
-        Ok(Self { own_invokers, ended_cpu, autoscaler, gateway, store, server, directory, logs, settings })
+        Ok(Self {
+            own_invokers,
+            ended_cpu,
+            autoscaler,
+            gateway,
+            store,
+            server,
+            directory,
+            logs,
+            settings,
+            wrapper,
+        })
     }
 
     /// Starts an invoker that no autoscaler knows of, with a setting of its own if need be. Its log is `<id>.log`.
@@ -111,7 +131,7 @@ impl Stack {
         let mut more = vec!["--id", id];
         more.extend(setting.into_iter().flat_map(|setting| ["--set", setting]));
         let places = (self.directory.path(), self.logs.as_path());
-        let child = spawn(("invoker", id), &url, (settings, &more), places)?;
+        let child = spawn(&self.wrapper, ("invoker", id), &url, (settings, &more), places)?;
         self.own_invokers.push((id.to_owned(), child));
         Ok(())
     }
@@ -200,13 +220,18 @@ impl Drop for Stack {
 
 /// Starts a component; `name` is that of its log.
 fn spawn(
+    wrapper: &[String],
     (component, name): (&str, &str),
     url: &str,
     (settings, more): (&[String], &[&str]),
     (directory, logs): (&Path, &Path),
 ) -> anyhow::Result<Child> {
     let log = File::create(logs.join(format!("{name}.log")))?;
-    Command::new(std::env::current_exe()?)
+    let binary = std::env::current_exe()?;
+    let mut words = wrapper.iter().map(OsStr::new).chain([binary.as_os_str()]);
+    let program = words.next().unwrap_or_default();
+    Command::new(program)
+        .args(words)
         .args([component, "--admin", "127.0.0.1:0", "--nats-url", url])
         .args(settings)
         .args(more)
@@ -215,7 +240,7 @@ fn spawn(
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
-        .with_context(|| format!("starting {name}"))
+        .with_context(|| format!("starting {name} with {}", program.display()))
 }
 
 fn tail(path: &Path) -> Option<String> {

@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context as _, ensure};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
-use thalweg_broker::{Connection, NatsConfig};
+use thalweg_autoscaler::{Config, demand, demand::Load};
+use thalweg_broker::{Connection, NatsConfig, StreamsConfig};
 use thalweg_protocol::{InvokerBeat, InvokerState, Kind, frame, subjects};
 use thalweg_sdk::Client;
 use tokio_util::sync::CancellationToken;
@@ -23,16 +24,18 @@ use super::{
 
 /// Arguments of `thalweg bench step`.
 ///
-/// Many small jobs offer a load by the clock: nothing, 1x, 8x, 1x, nothing, and then four times 1x with noise of 20 %
-/// for a minute. 1x is what 0.8 invokers should do: 0.8 times the service rate times the autoscaler's target
-/// utilisation (0.7). The service rate is measured first, as what one invoker that always has work serves.
+/// Small jobs train: none, 1x, 8x, 1x, none, and then four times 1x for a minute, with think times that vary by 20 % for
+/// all of them together. 1x is so many jobs that they would do the work of 0.56 invokers if none waited for another. What
+/// one invoker serves that always has work is measured first; think times follow from it.
 ///
-/// The target of a load is the number of invokers that it needs at the target utilisation, rounded up; the size is
-/// right when it is the target or one more. decisions_to_target: from 1x to 8x, decisions of the autoscaler until it
-/// wants a right size and stays with right sizes for the rest of the step; null if it does not. seconds_to_target: from
-/// that step until so many invokers have said that they are ready. flaps_noisy_flat: under the noisy load, after it
-/// has lasted for 20 s, decisions that go back on the one before. seconds_to_zero: from the end of the load until the
-/// last invoker has ended. first_result_from_zero_ms: from the first push, when there was no invoker, to its result.
+/// The target is the fewest invokers with which no job loses more than 10 % against being alone, by mean value analysis
+/// (docs/autoscaling.md) and with what one invoker serves; the size is right when it is within one of the target.
+/// decisions_to_target: from 1x to 8x,
+/// decisions of the autoscaler until it wants a right size and stays with right sizes for the rest of the step; null if
+/// it does not. seconds_to_target: from that step until so many invokers have said that they are ready.
+/// flaps_noisy_flat: under the noisy load, after it has lasted for 20 s, decisions that go back on the one before.
+/// seconds_to_zero: from the end of the load until the last invoker has ended. first_result_from_zero_ms: from the first
+/// push, when there was no invoker, to its result. Of each step, slowdown is what the jobs did lose in its second half.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Args {
@@ -40,10 +43,10 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0.1)]
     cpu_quota: f64,
     /// Most invokers
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(8..=32))]
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u16).range(8..=32))]
     max_invokers: u16,
-    /// Jobs that offer the load
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    /// Jobs of 1x
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=128))]
     jobs: u16,
     /// Size of a contribution, KiB of f32
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=512))]
@@ -62,15 +65,13 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Of the autoscaler, by default.
-const TARGET_UTILISATION: f64 = 0.7;
 /// Invokers' worth of work in 1x.
-const BASE: f64 = 0.8;
-const STEP: f64 = 8.0;
-const NOISY: f64 = 4.0;
+const WORK: f64 = 0.56;
+const STEP: u16 = 8;
+const NOISY: u16 = 4;
 const NOISE: f64 = 0.2;
 const SETTLING: Duration = Duration::from_secs(20);
-/// Time that a load is let run before a rate is measured, and over which it is.
+/// Time that a load is let run before what one invoker serves is measured, and over which it is.
 const CALIBRATION: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(8));
 /// Longest wait for the last invoker to end, and for a first result.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -96,23 +97,24 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         outcome
     };
     let stack = start(Invokers::fixed(1), None)?;
-    let service_rate = runtime.block_on(calibrate(args, &stack));
-    if service_rate.is_err() {
+    let work = runtime.block_on(calibrate(args, &stack));
+    if work.is_err() {
         stack.explain();
     }
-    let service_rate = service_rate?;
+    let load = OneJob::new(args, work?);
     stack.stop()?;
     let stack = start(Invokers::Scaled(0..=usize::from(args.max_invokers)), args.logs.clone())?;
-    let report = explained(&stack, runtime.block_on(measure(args, &stack, service_rate)))?;
+    let report = explained(&stack, runtime.block_on(measure(args, &stack, load)))?;
     let mut out = std::io::stdout().lock();
     if !args.json {
         writeln!(
             out,
-            "8x the load ({:.1} MB/s, invokers of {} CPUs serve {:.1}): {} decisions, {} s; from zero {:.0} ms; to zero \
+            "from {} to {} jobs (invokers of {} CPUs serve {:.1} MB/s): {} decisions, {} s; from zero {:.0} ms; to zero \
              {:.1} s; {} flaps under noise",
-            service_rate * TARGET_UTILISATION * BASE * STEP / 1e6,
+            args.jobs,
+            args.jobs * STEP,
             args.cpu_quota,
-            service_rate / 1e6,
+            report["service_mb_per_s"].as_f64().unwrap_or(f64::NAN),
             report["decisions_to_target"],
             report["seconds_to_target"],
             report["first_result_from_zero_ms"].as_f64().unwrap_or(f64::NAN),
@@ -127,33 +129,51 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
 
 async fn offered(args: &Args, stack: &Stack) -> anyhow::Result<Offered> {
     let client = Client::connect(&stack.url()).await?;
-    Offered::start(&client, usize::from(args.jobs), u64::from(args.kib) << 10).await
+    Offered::start(&client, usize::from(args.jobs * STEP), u64::from(args.kib) << 10).await
 }
 
-/// Bytes a second that one invoker serves while it always has work.
+/// Seconds that one invoker needs for a round while it always has work.
 async fn calibrate(args: &Args, stack: &Stack) -> anyhow::Result<f64> {
     let mut offered = offered(args, stack).await?;
-    // More than it can do at any quota.
-    offered.offer(2e9 * args.cpu_quota, 0.0);
+    offered.offer(usize::from(args.jobs * STEP), Duration::ZERO, 0.0);
     tokio::time::sleep(CALIBRATION.0).await;
     let from = offered.served();
     tokio::time::sleep(CALIBRATION.1).await;
-    let rate = offered.rate(from, offered.served());
+    let rate = offered.served().rate_since(from);
     offered.check()?;
-    ensure!(offered.waiting() > 0, "one invoker kept up with {:.0} MB/s", 2e3 * args.cpu_quota);
-    Ok(rate)
+    ensure!(rate > 0.0, "one invoker served nothing");
+    Ok(1.0 / rate)
+}
+
+/// What one of the jobs asks for.
+#[derive(Clone, Copy, Debug)]
+struct OneJob(Load);
+
+impl OneJob {
+    fn new(args: &Args, work: f64) -> Self {
+        let alone = f64::from(args.jobs) * work / WORK;
+        let reference = f64::from(Config::default().reference_invokers);
+        // Its one shard is one invoker's at a time.
+        Self(Load { work, think: alone - work, reference, parallel: 1.0 })
+    }
+
+    /// Invokers for so many of them.
+    fn need(self, args: &Args, jobs: u16) -> usize {
+        let config = Config::default();
+        let partitions = usize::from(StreamsConfig::default().partitions);
+        let loads = vec![self.0; usize::from(jobs)];
+        let most = usize::from(args.max_invokers);
+        demand::fewest(&loads, 0.0, config.slowdown_limit, 1.0, partitions, most)
+    }
 }
 
 /// A stretch of constant load.
 struct Phase {
-    /// Times the load of 1x.
-    load: f64,
+    jobs: u16,
     began: (Instant, SystemTime),
     ended: (Instant, SystemTime),
-    /// Bytes a second that were served.
-    rate: f64,
-    /// Pushes that waited at its end.
-    waiting: u64,
+    /// By how much longer than alone a round took in its second half.
+    slowdown: f64,
 }
 
 fn now() -> (Instant, SystemTime) {
@@ -163,23 +183,29 @@ fn now() -> (Instant, SystemTime) {
 struct Run<'a> {
     stack: &'a Stack,
     offered: Offered,
-    base_bytes_per_s: f64,
+    load: OneJob,
 }
 
 impl Run<'_> {
-    async fn phase(&mut self, load: f64, noise: f64, length: Duration) -> anyhow::Result<Phase> {
-        let (began, from) = (now(), self.offered.served());
-        self.offered.offer(load * self.base_bytes_per_s, noise);
-        tokio::time::sleep(length).await;
+    fn offer(&self, jobs: u16, noise: f64) {
+        self.offered.offer(usize::from(jobs), Duration::from_secs_f64(self.load.0.think), noise);
+    }
+
+    async fn phase(&mut self, jobs: u16, noise: f64, length: Duration) -> anyhow::Result<Phase> {
+        let began = now();
+        self.offer(jobs, noise);
+        tokio::time::sleep(length / 2).await;
+        let half = self.offered.served();
+        tokio::time::sleep(length / 2).await;
         self.offered.check()?;
-        let rate = self.offered.rate(from, self.offered.served());
-        Ok(Phase { load, began, ended: now(), rate, waiting: self.offered.waiting() })
+        let period = f64::from(jobs) / self.offered.served().rate_since(half);
+        Ok(Phase { jobs, began, ended: now(), slowdown: self.load.0.slowdown(period) })
     }
 
     /// Offers nothing until the last invoker has ended; seconds.
     async fn fall_to_zero(&mut self) -> anyhow::Result<f64> {
         let begun = Instant::now();
-        self.offered.offer(0.0, 0.0);
+        self.offer(0, 0.0);
         while !self.stack.invokers().is_empty() {
             ensure!(begun.elapsed() < PATIENCE, "there are still invokers after {PATIENCE:?} without load");
             tokio::time::sleep(LOOK).await;
@@ -189,11 +215,11 @@ impl Run<'_> {
     }
 
     /// Offers 1x where there is no invoker; milliseconds until the first result.
-    async fn first_result(&mut self) -> anyhow::Result<f64> {
+    async fn first_result(&mut self, jobs: u16) -> anyhow::Result<f64> {
         ensure!(self.stack.invokers().is_empty(), "there is an invoker before there is any load");
-        let (begun, served) = (Instant::now(), self.offered.served().pushes);
-        self.offered.offer(self.base_bytes_per_s, 0.0);
-        while self.offered.served().pushes == served {
+        let (begun, served) = (Instant::now(), self.offered.served().rounds);
+        self.offer(jobs, 0.0);
+        while self.offered.served().rounds == served {
             ensure!(begun.elapsed() < PATIENCE, "no result within {PATIENCE:?}");
             self.offered.check()?;
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -202,33 +228,32 @@ impl Run<'_> {
     }
 }
 
-async fn measure(args: &Args, stack: &Stack, service_rate: f64) -> anyhow::Result<Value> {
+async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Value> {
     let config = NatsConfig { url: stack.url(), ..NatsConfig::default() };
     let connection = Connection::open("thalweg-bench", &config, &CancellationToken::new()).await?;
     let connection = connection.context("stopped while connecting")?;
     let beats = connection.client.subscribe(subjects::invoker_beats(None)).await?;
     let watch = tokio::spawn(watch(beats));
-    let base_bytes_per_s = service_rate * TARGET_UTILISATION * BASE;
-    let mut run = Run { stack, offered: offered(args, stack).await?, base_bytes_per_s };
+    let mut run = Run { stack, offered: offered(args, stack).await?, load };
     let length = Duration::from_secs(args.seconds);
-    let first_result_ms = run.first_result().await?;
-    let low = run.phase(1.0, 0.0, length).await?;
-    let high = run.phase(STEP, 0.0, length).await?;
-    let again = run.phase(1.0, 0.0, length).await?;
+    let (once, eight) = (args.jobs, args.jobs * STEP);
+    let first_result_ms = run.first_result(once).await?;
+    let low = run.phase(once, 0.0, length).await?;
+    let high = run.phase(eight, 0.0, length).await?;
+    let again = run.phase(once, 0.0, length).await?;
     let to_zero = run.fall_to_zero().await?;
-    let settling = run.phase(NOISY, NOISE, SETTLING).await?;
-    let noisy = run.phase(NOISY, NOISE, Duration::from_secs(args.noisy_seconds)).await?;
+    let settling = run.phase(once * NOISY, NOISE, SETTLING).await?;
+    let noisy = run.phase(once * NOISY, NOISE, Duration::from_secs(args.noisy_seconds)).await?;
+    let phases = [low, high, again, settling, noisy];
     connection.client.drain().await?;
     let ready = watch.await?;
     let decisions = decisions(stack)?;
-    let need = |phase: &Phase| (phase.load * BASE).ceil() as usize;
-    let (count, seconds) = to_target(&decisions, &ready, &high, need(&high));
-    let during_noise: Vec<_> = decisions.iter().filter(|made| made.at >= settling.began.1).collect();
+    let (count, seconds) = to_target(&decisions, &ready, &phases[1], load.need(args, eight));
+    let during_noise: Vec<_> = decisions.iter().filter(|made| made.at >= phases[3].began.1).collect();
     let flaps = during_noise
         .windows(2)
-        .filter(|pair| pair[1].at >= noisy.began.1 && pair[0].grows() != pair[1].grows())
+        .filter(|pair| pair[1].at >= phases[4].began.1 && pair[0].grows() != pair[1].grows())
         .count();
-    let phases = [low, high, again, settling, noisy];
     Ok(json!({
         "decisions_to_target": count,
         "seconds_to_target": seconds,
@@ -236,18 +261,19 @@ async fn measure(args: &Args, stack: &Stack, service_rate: f64) -> anyhow::Resul
         "seconds_to_zero": to_zero,
         "first_result_from_zero_ms": first_result_ms,
         "invoker_cpu_quota": args.cpu_quota,
-        "service_mb_per_s": service_rate / 1e6,
-        "target": need(&phases[1]),
+        "service_mb_per_s": f64::from(args.kib) * 1.024e-3 / load.0.work,
+        "work_ms": load.0.work * 1e3,
+        "think_ms": load.0.think * 1e3,
+        "target": load.need(args, eight),
         "phases": phases.iter().map(|phase| {
             let within = |made: &&Decision| made.at >= phase.began.1 && made.at < phase.ended.1;
-            let wanted: Vec<_> = decisions.iter().filter(within).map(|made| made.target).collect();
+            let since = |made: &Decision| made.at.duration_since(phase.began.1).unwrap_or_default();
+            let made = |made: &Decision| json!([since(made).as_secs_f64(), made.target]);
             json!({
-                "load": phase.load,
-                "needs": need(phase),
-                "offered_mb_per_s": phase.load * base_bytes_per_s / 1e6,
-                "served_mb_per_s": phase.rate / 1e6,
-                "waiting": phase.waiting,
-                "decisions": wanted,
+                "jobs": phase.jobs,
+                "needs": load.need(args, phase.jobs),
+                "slowdown": phase.slowdown,
+                "decisions": decisions.iter().filter(within).map(made).collect::<Vec<_>>(),
             })
         }).collect::<Vec<_>>(),
     }))
@@ -298,7 +324,7 @@ fn to_target(
     phase: &Phase,
     need: usize,
 ) -> (Option<usize>, Option<f64>) {
-    let right = |size: usize| size == need || size == need + 1;
+    let right = |size: usize| size.abs_diff(need) <= 1;
     let before = decisions.iter().rev().find(|made| made.at < phase.began.1);
     let within = |made: &&Decision| made.at >= phase.began.1 && made.at < phase.ended.1;
     let made: Vec<_> = decisions.iter().filter(within).collect();
@@ -334,7 +360,7 @@ mod tests {
     fn phase(began: (Instant, SystemTime)) -> Phase {
         let length = Duration::from_secs(10);
         let ended = (began.0 + length, began.1 + length);
-        Phase { load: 8.0, began, ended, rate: 0.0, waiting: 0 }
+        Phase { jobs: 8, began, ended, slowdown: 0.0 }
     }
 
     #[test]
@@ -352,8 +378,10 @@ mod tests {
         let counts = ready(&[(0, 1), (300, 4), (700, 7)]);
         let steps = [made(100, 1, 4), made(500, 4, 7)];
         assert_eq!(to_target(&steps, &counts, &phase, 7), (Some(2), Some(0.7)));
-        assert_eq!(to_target(&steps, &counts, &phase, 6), (Some(2), Some(0.7)), "one more is right too");
-        assert_eq!(to_target(&steps, &counts, &phase, 8), (None, None));
+        for (need, what) in [(6, "one more is right"), (8, "one less is right")] {
+            assert_eq!(to_target(&steps, &counts, &phase, need), (Some(2), Some(0.7)), "{what}");
+        }
+        assert_eq!(to_target(&steps, &counts, &phase, 9), (None, None));
         // One that goes past it and comes back.
         let overshot = [made(100, 1, 7), made(500, 7, 10), made(900, 10, 7)];
         let counts = ready(&[(0, 1), (300, 7), (700, 10), (1500, 7)]);

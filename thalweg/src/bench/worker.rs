@@ -46,6 +46,9 @@ pub struct WorkerArgs {
     pub(super) durability: Durability,
     #[arg(long)]
     pub(super) function: Function,
+    /// Below the priority of everything else.
+    #[arg(long)]
+    pub(super) yielding: bool,
 }
 
 /// One tensor of the gradient.
@@ -65,7 +68,8 @@ impl WorkerArgs {
         function: Function,
     ) -> Self {
         let (job, stretch) = ("bench".to_owned(), 1.0);
-        Self { url, job, rank, workers, pool: None, gradient, stretch, irregular: None, durability, function }
+        let (pool, irregular, yielding) = (None, None, false);
+        Self { url, job, rank, workers, pool, gradient, stretch, irregular, durability, function, yielding }
     }
 
     /// The command line of such a process.
@@ -84,7 +88,8 @@ impl WorkerArgs {
         let irregular = self.irregular.iter().map(|path| ("--irregular", path.display().to_string()));
         let flags =
             flags.into_iter().chain(pool).chain(irregular).flat_map(|(flag, value)| [flag.to_owned(), value]);
-        ["bench-worker".to_owned()].into_iter().chain(flags).collect()
+        let yielding = self.yielding.then(|| "--yielding".to_owned());
+        ["bench-worker".to_owned()].into_iter().chain(flags).chain(yielding).collect()
     }
 
     /// From iteration to iteration, over and over.

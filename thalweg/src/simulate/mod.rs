@@ -17,7 +17,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::json;
 use thalweg_autoscaler::{
     Config, Elastic, Hpa, Keda, Knative, Policy,
-    trace::{Constants, Score, State, Thinking, Timeline, TraceJob, events, fluid},
+    trace::{Constants, Score, State, Thinking, Timeline, events, fluid},
 };
 
 use crate::admin::table as table_of;
@@ -33,7 +33,8 @@ pub struct Args {
     /// jobs as `thalweg record` writes them (start_s, duration_s, workers, round_bytes, think_s)
     #[arg(long)]
     trace: PathBuf,
-    /// Policies to compare; those other than thalweg are fitted to the first part of the trace
+    /// Policies to compare; those other than thalweg are fitted: the fewest invokers with which their rounds last no
+    /// longer, at the 99th percentile, than with thalweg (or than the limit, if thalweg is not among them)
     #[arg(long, value_delimiter = ',', default_value = "thalweg")]
     policy: Vec<Kind>,
     /// Job profiles and measured constants (TOML); their values are printed with the result
@@ -97,12 +98,14 @@ impl Kind {
         }
     }
 
-    /// What is tried for its one parameter; empty where there is none.
-    fn grid(self) -> &'static [f64] {
+    /// What is tried for its one parameter, from many invokers to few; empty where there is none.
+    fn grid(self) -> Vec<f64> {
         match self {
-            Self::Static | Self::Thalweg => &[],
-            Self::Keda | Self::Knative => &[25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0],
-            Self::Hpa => &[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+            Self::Static | Self::Thalweg => Vec::new(),
+            // Messages: 1 to 4096 in steps of a fifth.
+            Self::Keda | Self::Knative => (0..=48).map(|step| 2_f64.powf(f64::from(step) / 4.0)).collect(),
+            // Utilisation.
+            Self::Hpa => (2..=38).map(|step| f64::from(step) / 40.0).collect(),
         }
     }
 
@@ -120,8 +123,8 @@ impl Kind {
 const COARSE_TICK_MS: u64 = 2000;
 /// Most invokers, and partitions to spread over them: beyond what any policy should want.
 const MOST: u16 = 1024;
-/// Part of the trace that others are fitted to, seconds.
-const FITTED_TO_S: f64 = 14.0 * 86_400.0;
+/// Of the rounds that others are fitted by.
+const P99: f64 = 0.99;
 /// Multiple of the trace's length after which nothing is waited for any more.
 const PATIENCE: f64 = 1.5;
 /// Time that is played before a window, milliseconds.
@@ -167,8 +170,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let statically = Static::of(&setting);
     let begun = std::time::Instant::now();
     let mut outcomes = BTreeMap::new();
-    for kind in &args.policy {
-        outcomes.insert(*kind, setting.play(*kind, &statically)?);
+    let (ours, others): (Vec<_>, Vec<_>) = args.policy.iter().partition(|kind| **kind == Kind::Thalweg);
+    for kind in ours.into_iter().chain(others) {
+        let reference =
+            outcomes.get(&Kind::Thalweg).map(|outcome: &Outcome| outcome.score.ratio_quantile(P99));
+        outcomes.insert(kind, setting.play(kind, reference.unwrap_or(1.0 + limit), &statically));
     }
     let seconds = begun.elapsed().as_secs_f64();
     let agreement = setting.compare(args);
@@ -185,7 +191,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             "minutes_below_static": score.timeline.share_not_above(&statically.timeline),
             "slowdown_mean": score.slowdown_mean(),
             "slowdown_max": score.slowdown_max(),
-            "p99_round_over_alone": score.ratio_quantile(0.99),
+            "p99_round_over_alone": score.ratio_quantile(P99),
             "scale_events": score.scale_events,
             "flaps": score.flaps,
             "fitted": outcome.parameter,
@@ -232,13 +238,13 @@ fn table(
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
     let row = |(kind, Outcome { score, parameter }): (&Kind, &Outcome)| {
         vec![
-            parameter.map_or(kind.name().to_owned(), |value| format!("{} ({value})", kind.name())),
+            parameter.map_or(kind.name().to_owned(), |value| format!("{} ({value:.3})", kind.name())),
             format!("{:.0}", score.invoker_seconds / 3600.0),
             percent(1.0 - score.invoker_seconds / statically.requested_seconds),
             percent(score.timeline.share_not_above(&statically.timeline)),
             percent(score.slowdown_mean()),
             percent(score.slowdown_max()),
-            format!("{:.3}", score.ratio_quantile(0.99)),
+            format!("{:.3}", score.ratio_quantile(P99)),
             score.scale_events.to_string(),
             score.flaps.to_string(),
         ]
@@ -292,46 +298,46 @@ impl Static {
 }
 
 impl Setting<'_> {
-    fn play(&self, kind: Kind, statically: &Static) -> anyhow::Result<Outcome> {
+    /// Plays a policy that is not thalweg with the parameter that it needs the fewest invokers with among those with
+    /// which its rounds last no longer over alone, at the 99th percentile, than `reference`: a bisection, since fewer
+    /// invokers mean longer rounds. Where none does that, with the one of the most invokers.
+    fn play(&self, kind: Kind, reference: f64, statically: &Static) -> Outcome {
         if kind == Kind::Static {
             let timeline = statically.timeline.clone();
             let score = Score::undisturbed(statically.requested_seconds, timeline, self.trace.jobs.len());
-            return Ok(Outcome { score, parameter: None });
+            return Outcome { score, parameter: None };
         }
-        let parameter = self.fit(kind);
-        let jobs = &self.trace.jobs[..];
-        let score = match &self.trace.iterations {
-            Some(times) => self.rounds(kind.policy(parameter.unwrap_or(0.0)).as_mut(), times),
-            None => {
-                self.means(kind.policy(parameter.unwrap_or(0.0)).as_mut(), jobs, &format!("{} ", kind.name()))
+        let grid = kind.grid();
+        let (mut from, mut to) = (1, grid.len());
+        let mut best = self.once(kind, grid.first().copied(), "");
+        while from < to {
+            let middle = usize::midpoint(from, to);
+            let tried =
+                self.once(kind, Some(grid[middle]), &format!(", {} tries left", (to - from).ilog2() + 1));
+            if tried.score.ratio_quantile(P99) <= reference {
+                (best, from) = (tried, middle + 1);
+            } else {
+                to = middle;
             }
-        };
-        Ok(Outcome { score, parameter })
+        }
+        best
     }
 
-    /// The parameter with which a policy needs the fewest invoker-seconds for the first part of the trace while no job
-    /// loses more than the limit; where there is none, the one with which the worst job loses least.
-    fn fit(&self, kind: Kind) -> Option<f64> {
-        let last = self.trace.jobs.partition_point(|job| job.start_s < FITTED_TO_S);
-        let tried = kind.grid().iter().map(|parameter| {
-            let policy = &mut *kind.policy(*parameter);
-            let score = match &self.trace.iterations {
-                Some(times) => self.rounds(policy, times),
-                None => self.means(policy, &self.trace.jobs[..last], &format!("fitting {} ", kind.name())),
-            };
-            let broken = score.slowdown_max() > self.config.slowdown_limit;
-            let cost = if broken { score.slowdown_max() } else { score.invoker_seconds };
-            (broken, cost, *parameter)
-        });
-        let best = tried.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        best.map(|(_, _, parameter)| parameter)
+    fn once(&self, kind: Kind, parameter: Option<f64>, note: &str) -> Outcome {
+        let policy = &mut *kind.policy(parameter.unwrap_or(0.0));
+        let score = match &self.trace.iterations {
+            Some(times) => self.rounds(policy, times),
+            None => self.means(policy, &format!("{}{note} ", kind.name())),
+        };
+        Outcome { score, parameter }
     }
 
     fn coarse(&self) -> Config {
         Config { tick_ms: COARSE_TICK_MS, ..self.config.clone() }
     }
 
-    fn means(&self, policy: &mut dyn Policy, jobs: &[TraceJob], what: &str) -> Score {
+    fn means(&self, policy: &mut dyn Policy, what: &str) -> Score {
+        let jobs = &self.trace.jobs[..];
         let bar = bar(jobs.len(), what);
         let config = self.coarse();
         let inputs = (&config, &self.constants, self.seed);
