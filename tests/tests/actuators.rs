@@ -169,6 +169,8 @@ async fn docker() {
         actuator.start(id).await.expect("started");
     }
     drop(actuator);
+    // The engine calls a container started a moment before its process has become the invoker.
+    eventually("its process to run", async || !processes_of("ended").is_empty()).await;
     kill(&processes_of("ended"));
     let mut next = actuators::docker(&config).await.expect("the engine answers");
     let mut adopted = Vec::new();

@@ -1,6 +1,12 @@
 //! Jobs that are paused, changed, snapshotted, restored and removed while workers train.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::StreamExt as _;
 use thalweg_protocol::{ErrorCode, FunctionSpec, JobKey, JobState};
@@ -348,33 +354,38 @@ async fn a_job_that_lost_rounds_rolls_back_and_goes_on() {
         assert!(error.code().is_some_and(|code| codes.contains(&code)), "{error}");
     }
     drop(workers);
-    // Whoever comes first trains alone until the other counts, so who was counted has to be looked up.
-    let end = 60;
+    // Whoever comes first trains alone until the other counts, so who was counted has to be looked up; and it trains on
+    // until the other is there.
+    let joined = Arc::new(AtomicUsize::new(0));
     let tasks = (0..2).map(|rank| {
-        let (client, job) = (client.clone(), job.clone());
+        let (client, job, joined) = (client.clone(), job.clone(), joined.clone());
         tokio::spawn(async move {
             let mut worker = training::join(&client, &job, rank).await.expect("joined the next life");
             assert_ne!(worker.job().incarnation, life);
             assert_eq!(worker.job().first_version(), 5);
-            let (mut book, mut parameters) = (training::Book::new(), Vec::new());
-            while worker.round() <= end {
+            joined.fetch_add(1, Ordering::Relaxed);
+            let (mut book, mut last, mut parameters) = (training::Book::new(), 0, Vec::new());
+            let mut together = 0;
+            while together < 20 {
+                last = worker.round();
                 parameters = training::round(&mut worker).await.expect("a round").1;
                 let ledgers = worker.ledgers().into_iter();
                 book.extend(ledgers.map(|(shard, version, counted)| ((version, shard as usize), counted)));
+                together += usize::from(joined.load(Ordering::Relaxed) == 2);
             }
             worker.leave().await.expect("left");
-            (book, parameters)
+            (book, last, parameters)
         })
     });
     let mut book = full_book(2, 5);
     let mut results = Vec::new();
     for task in tasks.collect::<Vec<_>>() {
-        let (more, parameters) = task.await.expect("a worker");
+        let (more, last, parameters) = task.await.expect("a worker");
         book.extend(more);
-        results.push(parameters);
+        results.push((last, parameters));
     }
-    let expected = training::replay(&sgd(0.05), &book, end);
-    for parameters in results {
+    for (last, parameters) in results {
+        let expected = training::replay(&sgd(0.05), &book, last);
         training::assert_same_bits(&parameters, &expected, "after the roll-back");
     }
     let slabs = std::fs::read_dir(cluster.directory().join("store")).expect("the store's directory");
