@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use thalweg_protocol::Durability;
 
 use super::{
+    callgrind::Counts,
     crew::{Command, Crew},
     gradient::Gradient,
     load::Function,
@@ -24,7 +25,7 @@ use crate::demo::quantile;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Pairs of measurements that are compared
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, default_value_t = 10, conflicts_with = "instructions", value_parser = clap::value_parser!(u32).range(2..))]
     pairs: u32,
     /// Rounds of one measurement
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
@@ -35,7 +36,8 @@ pub(super) struct Args {
     /// Worker processes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=256))]
     workers: u32,
-    /// Count instructions by valgrind's callgrind, some fifty times slower and without the noise of a shared machine
+    /// Instead of comparing CPU time, count instructions by valgrind's callgrind: those that functions of metrics execute,
+    /// with all that they call. Some fifty times slower, and without the noise of a shared machine
     #[arg(long)]
     instructions: bool,
     /// Print one line of JSON and nothing else
@@ -146,44 +148,28 @@ impl Side {
     }
 }
 
-/// Compares instructions: those of long runs, less those of runs that only warm up.
+/// Counts instructions: those of a long run, less those of one that only warms up.
 fn instructions(args: &Args) -> anyhow::Result<()> {
     let gradient = Gradient::of_mib(args.mib);
-    let bar = ProgressBar::new(u64::from(args.pairs)).with_message("counting instructions");
-    if !std::io::stderr().is_terminal() || args.json {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
-    }
-    let mut counts = [Vec::new(), Vec::new()];
-    for pair in 0..args.pairs {
-        for side in [pair % 2, (pair + 1) % 2] {
-            let counted = |rounds| counted(args, gradient, side == 0, rounds);
-            counts[side as usize].push(counted(WARM_UP + args.rounds)? - counted(WARM_UP)?);
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    let [with, without] = &counts;
+    let warm_up = counted(args, gradient, WARM_UP)?;
+    let counts = counted(args, gradient, WARM_UP + args.rounds)?.since(warm_up);
     let mib = f64::from(args.workers * args.rounds) * gradient.bytes() as f64 / f64::from(1 << 20);
-    let costs = costs(with, without);
+    let cost = counts.part as f64 / (counts.all - counts.part) as f64;
     let report = json!({
-        "pairs": args.pairs,
         "rounds": args.rounds,
         "workers": args.workers,
         "mib": gradient.bytes() as f64 / f64::from(1 << 20),
-        "instructions_per_mib": { "with": quantile(with, 0.5) / mib, "without": quantile(without, 0.5) / mib },
-        "cost_percent_median": quantile(&costs, 0.5),
-        "cost_percent_mean": costs.iter().sum::<f64>() / costs.len() as f64,
-        "cost_percent_ci95": confidence(&costs),
+        "instructions_per_mib": { "all": counts.all as f64 / mib, "metrics": counts.part as f64 / mib },
+        "cost_percent": cost * 100.0,
     });
     let mut out = std::io::stdout().lock();
     if !args.json {
         writeln!(
             out,
-            "{:.0} instructions per MiB with metrics, {:.0} without: {:+.2} % (95 % confidence: ±{:.2})",
-            quantile(with, 0.5) / mib,
-            quantile(without, 0.5) / mib,
-            report["cost_percent_mean"].as_f64().unwrap_or(f64::NAN),
-            report["cost_percent_ci95"].as_f64().unwrap_or(f64::NAN),
+            "{:.0} instructions per MiB, of which {:.0} for metrics: {:.2} % more than without",
+            counts.all as f64 / mib,
+            counts.part as f64 / mib,
+            cost * 100.0,
         )?;
     }
     writeln!(out, "{report}")?;
@@ -191,27 +177,46 @@ fn instructions(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Instructions of store, gateway, autoscaler and invoker, from their starts to their ends, with so many rounds.
-fn counted(args: &Args, gradient: Gradient, metrics: bool, rounds: u32) -> anyhow::Result<f64> {
+fn counted(args: &Args, gradient: Gradient, rounds: u32) -> anyhow::Result<Counts> {
     let directory = tempfile::tempdir().context("creating a temporary directory")?;
-    let counts = format!("--callgrind-out-file={}/%p", directory.path().display());
-    let wrapper = ["valgrind", "--tool=callgrind", "--quiet", "--trace-children=yes", &counts];
-    let mut side = Side::start(args, gradient, metrics, wrapper.map(str::to_owned).to_vec())?;
+    let profiles = format!("--callgrind-out-file={}/%p", directory.path().display());
+    let wrapper = ["valgrind", "--tool=callgrind", "--quiet", "--trace-children=yes", &profiles];
+    let mut side = Side::start(args, gradient, true, wrapper.map(str::to_owned).to_vec())?;
     if let Err(error) = side.rounds(rounds) {
         side.stack.explain();
         return Err(error);
     }
     side.crew.dismiss()?;
     side.stack.stop()?;
-    let (mut sum, mut processes) = (0.0, 0);
+    let (mut counts, mut processes) = (Counts::default(), 0);
     for file in fs::read_dir(directory.path())? {
-        let text = fs::read_to_string(file?.path())?;
-        let total = text.lines().rev().find_map(|line| line.strip_prefix("totals: "));
-        sum += total.and_then(|total| total.parse::<f64>().ok()).context("callgrind has counted nothing")?;
-        processes += 1;
+        let profile = fs::read_to_string(file?.path())?;
+        let one = Counts::read(&profile, records, is_of_metrics).context("callgrind has counted nothing")?;
+        (counts, processes) = (counts.and(one), processes + 1);
     }
     // Whoever was killed has left no count.
     ensure!(processes == 4, "callgrind has counted {processes} processes instead of 4");
-    Ok(sum)
+    Ok(counts)
+}
+
+/// Whether a function belongs to our modules called `metrics` or to the crates that they use; Tokio and sled have modules
+/// of that name too.
+fn records(function: &str) -> bool {
+    let ours = |before: &str| {
+        let of_crate = before.strip_suffix("::").is_some_and(|path| {
+            path.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .next()
+                .is_some_and(|name| name.starts_with("thalweg"))
+        });
+        of_crate || !before.ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':')
+    };
+    function.contains("metrics_exporter_prometheus::")
+        || function.contains("metrics_util::")
+        || function.match_indices("metrics::").any(|(at, _)| ours(&function[..at]))
+}
+
+fn is_of_metrics(file: &str) -> bool {
+    file.contains("/metrics-0") || file.contains("/metrics-util-") || file.contains("/metrics-exporter-")
 }
 
 /// By how much more there is with than without in each pair, percent.
@@ -235,4 +240,29 @@ fn report(args: &Args, gradient: Gradient, [with, without]: &[Side; 2]) -> Value
         "cost_percent_mean": costs.iter().sum::<f64>() / costs.len() as f64,
         "cost_percent_ci95": confidence(&costs),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_records_is_told_by_its_name() {
+        for name in [
+            "thalweg_invoker::metrics::folded",
+            "<metrics::label::Label as core::clone::Clone>::clone",
+            "core::ptr::drop_in_place<metrics_util::registry::recency::Generational<T>>",
+            "<metrics_exporter_prometheus::recorder::PrometheusRecorder as metrics::recorder::Recorder>::describe_gauge",
+        ] {
+            assert!(records(name), "{name}");
+        }
+        for name in [
+            "tokio::runtime::metrics::batch::MetricsBatch::new",
+            "<sled::metrics::Metrics as core::default::Default>::default",
+            "thalweg::bench::metrics::run",
+            "thalweg_invoker::run::Shell::step",
+        ] {
+            assert!(!records(name), "{name}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 mod allreduce;
 mod backlog;
+mod callgrind;
 mod contributors;
 mod crew;
 mod elasticity;
