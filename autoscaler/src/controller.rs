@@ -65,6 +65,8 @@ pub struct Controller {
     wake_at: Option<Millis>,
     /// As invokers measured it last; none before any has.
     measured_bytes_per_s: Option<f64>,
+    /// What counts until there has been a warm invoker.
+    cold_bytes_per_s: Option<f64>,
     failed_starts: u32,
     start_after: Millis,
 }
@@ -91,6 +93,7 @@ impl Controller {
             history: History::new(partitions, 0, now),
             policy: Elastic::default(),
             measured_bytes_per_s: None,
+            cold_bytes_per_s: None,
             config,
             partitions,
             starts,
@@ -120,7 +123,8 @@ impl Controller {
     }
 
     fn service_bytes_per_s(&self) -> f64 {
-        self.measured_bytes_per_s.unwrap_or(self.config.default_service_mb_per_s * 1e6)
+        let measured = self.measured_bytes_per_s.or(self.cold_bytes_per_s);
+        measured.unwrap_or(self.config.default_service_mb_per_s * 1e6)
     }
 
     /// Takes a beat in. Returns whether [`Self::step`] should follow at once.
@@ -140,6 +144,7 @@ impl Controller {
         self.mix.fade();
         let load = self.fleet.load(now);
         self.measured_bytes_per_s = load.service_bytes_per_s.or(self.measured_bytes_per_s);
+        self.cold_bytes_per_s = load.cold_bytes_per_s.or(self.cold_bytes_per_s);
         let sample = Sample {
             at: now,
             messages: depths.iter().map(|depth| depth.messages).sum(),

@@ -11,6 +11,9 @@ use crate::{Candidate, Millis};
 const REMEMBERED: usize = 1024;
 /// Age up to which what a beat says about load is used.
 const BEAT_FRESH_MS: Millis = 2000;
+/// Time from when an invoker is first known until the service rate it tells is that of later: in the beginning it
+/// connects, takes partitions over and has cold caches, which halves the rate.
+const WARM_AFTER_MS: Millis = 4000;
 
 /// Where an invoker is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +78,26 @@ impl Invoker {
 pub(crate) struct Load {
     pub(crate) busy: f64,
     pub(crate) waiting_for_round: f64,
-    /// Mean over those that have measured one.
+    /// Mean over those that are warm and have measured one.
     pub(crate) service_bytes_per_s: Option<f64>,
+    /// Mean over all that have measured one.
+    pub(crate) cold_bytes_per_s: Option<f64>,
+}
+
+#[derive(Default)]
+struct Mean {
+    sum: f64,
+    count: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        (self.sum, self.count) = (self.sum + value, self.count + 1.0);
+    }
+
+    fn value(&self) -> Option<f64> {
+        (self.count > 0.0).then(|| self.sum / self.count)
+    }
 }
 
 /// All invokers by id.
@@ -170,21 +191,22 @@ impl Fleet {
     }
 
     pub(crate) fn load(&self, now: Millis) -> Load {
-        let mut load = Load { busy: 0.0, waiting_for_round: 0.0, service_bytes_per_s: None };
-        let (mut rates, mut measured) = (0.0, 0.0);
-        for beat in self.members.values().filter_map(|invoker| invoker.fresh_beat(now)) {
-            let busy = if beat.busy.is_nan() { 0.0 } else { beat.busy.clamp(0.0, 1.0) };
-            load.busy += busy;
-            load.waiting_for_round += beat.held_messages as f64 * (1.0 - busy);
+        let (mut busy, mut waiting_for_round) = (0.0, 0.0);
+        let (mut warm, mut all) = (Mean::default(), Mean::default());
+        for (invoker, beat) in
+            self.members.values().filter_map(|invoker| Some((invoker, invoker.fresh_beat(now)?)))
+        {
+            let share = if beat.busy.is_nan() { 0.0 } else { beat.busy.clamp(0.0, 1.0) };
+            busy += share;
+            waiting_for_round += beat.held_messages as f64 * (1.0 - share);
             if beat.service_bytes_per_s.is_finite() && beat.service_bytes_per_s > 0.0 {
-                rates += beat.service_bytes_per_s;
-                measured += 1.0;
+                all.add(beat.service_bytes_per_s);
+                if invoker.known + WARM_AFTER_MS <= now {
+                    warm.add(beat.service_bytes_per_s);
+                }
             }
         }
-        if measured > 0.0 {
-            load.service_bytes_per_s = Some(rates / measured);
-        }
-        load
+        Load { busy, waiting_for_round, service_bytes_per_s: warm.value(), cold_bytes_per_s: all.value() }
     }
 
     pub(crate) fn candidates(&self) -> Vec<Candidate> {
@@ -221,9 +243,8 @@ pub(crate) fn placed_on(placement: &Placement, id: &str) -> usize {
 mod tests {
     use super::*;
 
-    #[test]
-    fn two_holders_by_one_epoch_are_found() {
-        let beat = |invoker: &str, partitions: &[(Partition, Epoch)]| InvokerBeat {
+    fn beat(invoker: &str, partitions: &[(Partition, Epoch)]) -> InvokerBeat {
+        InvokerBeat {
             invoker: invoker.to_owned(),
             state: InvokerState::Ready,
             partitions: partitions.to_vec(),
@@ -233,7 +254,31 @@ mod tests {
             held_bytes: 0,
             cpu_quota: 1.0,
             jobs: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn newcomers_do_not_spoil_the_service_rate() {
+        let rated = |invoker, rate| InvokerBeat { service_bytes_per_s: rate, ..beat(invoker, &[]) };
+        let rates = |fleet: &Fleet, now| {
+            let load = fleet.load(now);
+            (load.service_bytes_per_s, load.cold_bytes_per_s)
         };
+        let mut fleet = Fleet::default();
+        fleet.beat(rated("old", 50e6), 0);
+        assert_eq!(rates(&fleet, 1000), (None, Some(50e6)));
+        fleet.beat(rated("old", 100e6), WARM_AFTER_MS);
+        fleet.beat(rated("new", 50e6), WARM_AFTER_MS);
+        assert_eq!(rates(&fleet, WARM_AFTER_MS), (Some(100e6), Some(75e6)));
+        // Only it is left.
+        fleet.end("old");
+        assert_eq!(rates(&fleet, WARM_AFTER_MS), (None, Some(50e6)));
+        fleet.beat(rated("new", 90e6), 2 * WARM_AFTER_MS);
+        assert_eq!(rates(&fleet, 2 * WARM_AFTER_MS), (Some(90e6), Some(90e6)));
+    }
+
+    #[test]
+    fn two_holders_by_one_epoch_are_found() {
         let mut fleet = Fleet::default();
         fleet.beat(beat("left", &[(1, 5), (2, 7)]), 0);
         assert_eq!(fleet.rival(&beat("left", &[(1, 5)])), None, "nobody is his own rival");

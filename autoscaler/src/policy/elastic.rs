@@ -23,8 +23,9 @@ const LATE_MS: f64 = 2000.0;
 /// Time after which newly added invokers must have made a difference.
 const EFFECT_MS: Millis = 3000;
 /// Time that those who were just added have to begin with their work before there are more, unless twice as many are
-/// needed. While some have not begun at all there are no more either.
-const GROW_PAUSE_MS: Millis = 700;
+/// needed: two heartbeats and some, so that what they make of the jobs has been heard. While some have not begun at all
+/// there are no more either.
+const GROW_PAUSE_MS: Millis = 1500;
 /// At most so many times as many at once for the sake of jobs: what is known of them while they wait for too few invokers
 /// is half or twice the truth, and in [`GROW_PAUSE_MS`] more is known.
 const GROW_FACTOR: usize = 4;

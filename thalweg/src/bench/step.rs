@@ -29,9 +29,8 @@ use super::{
 /// one invoker serves that always has work is measured first; think times follow from it.
 ///
 /// The target is the fewest invokers with which no job loses more than 10 % against being alone, by mean value analysis
-/// (docs/autoscaling.md) and with what one invoker serves; the size is right when it is within one of the target.
-/// decisions_to_target: from 1x to 8x,
-/// decisions of the autoscaler until it wants a right size and stays with right sizes for the rest of the step; null if
+/// (docs/autoscaling.md) and with what a round took of an invoker's quota in the second half of the step; the size is
+/// right when it is within one of the target. decisions_to_target: from 1x to 8x, decisions of the autoscaler until it wants a right size and stays with right sizes for the rest of the step; null if
 /// it does not. seconds_to_target: from that step until so many invokers have said that they are ready.
 /// flaps_noisy_flat: under the noisy load, after it has lasted for 20 s, decisions that go back on the one before.
 /// seconds_to_zero: from the end of the load until the last invoker has ended. first_result_from_zero_ms: from the first
@@ -157,11 +156,11 @@ impl OneJob {
         Self(Load { work, think: alone - work, reference, parallel: 1.0 })
     }
 
-    /// Invokers for so many of them.
-    fn need(self, args: &Args, jobs: u16) -> usize {
+    /// Invokers for the jobs of a phase, whose rounds took this much work.
+    fn need(self, args: &Args, phase: &Phase) -> usize {
         let config = Config::default();
         let partitions = usize::from(StreamsConfig::default().partitions);
-        let loads = vec![self.0; usize::from(jobs)];
+        let loads = vec![Load { work: phase.work, ..self.0 }; usize::from(phase.jobs)];
         let most = usize::from(args.max_invokers);
         demand::fewest(&loads, 0.0, config.slowdown_limit, 1.0, partitions, most)
     }
@@ -174,6 +173,9 @@ struct Phase {
     ended: (Instant, SystemTime),
     /// By how much longer than alone a round took in its second half.
     slowdown: f64,
+    /// What a round took of one invoker's quota there, seconds. Where an invoker never rests it is half as much again
+    /// as here, so it is measured where it is needed.
+    work: f64,
 }
 
 fn now() -> (Instant, SystemTime) {
@@ -184,6 +186,7 @@ struct Run<'a> {
     stack: &'a Stack,
     offered: Offered,
     load: OneJob,
+    quota: f64,
 }
 
 impl Run<'_> {
@@ -195,11 +198,14 @@ impl Run<'_> {
         let began = now();
         self.offer(jobs, noise);
         tokio::time::sleep(length / 2).await;
-        let half = self.offered.served();
+        let (half, used) = (self.offered.served(), self.stack.cpu().invokers);
         tokio::time::sleep(length / 2).await;
         self.offered.check()?;
-        let period = f64::from(jobs) / self.offered.served().rate_since(half);
-        Ok(Phase { jobs, began, ended: now(), slowdown: self.load.0.slowdown(period) })
+        let (end, used) = (self.offered.served(), self.stack.cpu().invokers - used);
+        let work = used / self.quota / (end.rounds - half.rounds).max(1) as f64;
+        let period = f64::from(jobs) / end.rate_since(half);
+        let slowdown = Load { work, ..self.load.0 }.slowdown(period);
+        Ok(Phase { jobs, began, ended: now(), slowdown, work })
     }
 
     /// Offers nothing until the last invoker has ended; seconds.
@@ -234,7 +240,7 @@ async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Val
     let connection = connection.context("stopped while connecting")?;
     let beats = connection.client.subscribe(subjects::invoker_beats(None)).await?;
     let watch = tokio::spawn(watch(beats));
-    let mut run = Run { stack, offered: offered(args, stack).await?, load };
+    let mut run = Run { stack, offered: offered(args, stack).await?, load, quota: args.cpu_quota };
     let length = Duration::from_secs(args.seconds);
     let (once, eight) = (args.jobs, args.jobs * STEP);
     let first_result_ms = run.first_result(once).await?;
@@ -248,7 +254,7 @@ async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Val
     connection.client.drain().await?;
     let ready = watch.await?;
     let decisions = decisions(stack)?;
-    let (count, seconds) = to_target(&decisions, &ready, &phases[1], load.need(args, eight));
+    let (count, seconds) = to_target(&decisions, &ready, &phases[1], load.need(args, &phases[1]));
     let during_noise: Vec<_> = decisions.iter().filter(|made| made.at >= phases[3].began.1).collect();
     let flaps = during_noise
         .windows(2)
@@ -264,15 +270,16 @@ async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Val
         "service_mb_per_s": f64::from(args.kib) * 1.024e-3 / load.0.work,
         "work_ms": load.0.work * 1e3,
         "think_ms": load.0.think * 1e3,
-        "target": load.need(args, eight),
+        "target": load.need(args, &phases[1]),
         "phases": phases.iter().map(|phase| {
             let within = |made: &&Decision| made.at >= phase.began.1 && made.at < phase.ended.1;
             let since = |made: &Decision| made.at.duration_since(phase.began.1).unwrap_or_default();
             let made = |made: &Decision| json!([since(made).as_secs_f64(), made.target]);
             json!({
                 "jobs": phase.jobs,
-                "needs": load.need(args, phase.jobs),
+                "needs": load.need(args, phase),
                 "slowdown": phase.slowdown,
+                "work_ms": phase.work * 1e3,
                 "decisions": decisions.iter().filter(within).map(made).collect::<Vec<_>>(),
             })
         }).collect::<Vec<_>>(),
@@ -360,7 +367,7 @@ mod tests {
     fn phase(began: (Instant, SystemTime)) -> Phase {
         let length = Duration::from_secs(10);
         let ended = (began.0 + length, began.1 + length);
-        Phase { jobs: 8, began, ended, slowdown: 0.0 }
+        Phase { jobs: 8, began, ended, slowdown: 0.0, work: 0.0 }
     }
 
     #[test]
