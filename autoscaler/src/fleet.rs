@@ -84,22 +84,6 @@ pub(crate) struct Load {
     pub(crate) cold_bytes_per_s: Option<f64>,
 }
 
-#[derive(Default)]
-struct Mean {
-    sum: f64,
-    count: f64,
-}
-
-impl Mean {
-    fn add(&mut self, value: f64) {
-        (self.sum, self.count) = (self.sum + value, self.count + 1.0);
-    }
-
-    fn value(&self) -> Option<f64> {
-        (self.count > 0.0).then(|| self.sum / self.count)
-    }
-}
-
 /// All invokers by id.
 #[derive(Debug, Default)]
 pub(crate) struct Fleet {
@@ -191,22 +175,26 @@ impl Fleet {
     }
 
     pub(crate) fn load(&self, now: Millis) -> Load {
+        let heard = || self.members.values().filter_map(|invoker| Some((invoker, invoker.fresh_beat(now)?)));
         let (mut busy, mut waiting_for_round) = (0.0, 0.0);
-        let (mut warm, mut all) = (Mean::default(), Mean::default());
-        for (invoker, beat) in
-            self.members.values().filter_map(|invoker| Some((invoker, invoker.fresh_beat(now)?)))
-        {
+        for (_, beat) in heard() {
             let share = if beat.busy.is_nan() { 0.0 } else { beat.busy.clamp(0.0, 1.0) };
             busy += share;
             waiting_for_round += beat.held_messages as f64 * (1.0 - share);
-            if beat.service_bytes_per_s.is_finite() && beat.service_bytes_per_s > 0.0 {
-                all.add(beat.service_bytes_per_s);
-                if invoker.known + WARM_AFTER_MS <= now {
-                    warm.add(beat.service_bytes_per_s);
-                }
-            }
         }
-        Load { busy, waiting_for_round, service_bytes_per_s: warm.value(), cold_bytes_per_s: all.value() }
+        let rate = |counts: &dyn Fn(&Invoker) -> bool| {
+            let rates =
+                heard().filter(|(invoker, _)| counts(invoker)).map(|(_, beat)| beat.service_bytes_per_s);
+            let measured = rates.filter(|rate| rate.is_finite() && *rate > 0.0);
+            let (count, sum) = measured.fold((0.0, 0.0), |(count, sum), rate| (count + 1.0, sum + rate));
+            (count > 0.0).then(|| sum / count)
+        };
+        Load {
+            busy,
+            waiting_for_round,
+            service_bytes_per_s: rate(&|invoker| invoker.known + WARM_AFTER_MS <= now),
+            cold_bytes_per_s: rate(&|_| true),
+        }
     }
 
     pub(crate) fn candidates(&self) -> Vec<Candidate> {

@@ -40,35 +40,26 @@ impl Counts {
         // Of the function that the lines are about: whether it is looked for, and whether what is inlined there is.
         let (mut inside, mut inlined) = (false, false);
         // Of the call that the next line is about.
-        let mut call: Option<bool> = None;
-        let mut callee = false;
+        let (mut callee, mut called) = (false, false);
         for line in profile.lines() {
             match line.split_once('=') {
                 Some(("fn", name)) => inside = functions.are(name),
                 Some(("cfn", name)) => callee = functions.are(name),
                 Some(("fl" | "fi" | "fe", name)) => inlined = files.are(name),
+                // Only so that its number is known.
                 Some(("cfl" | "cfi", name)) => {
                     files.are(name);
                 }
-                Some(("calls", _)) => call = Some(callee),
+                Some(("calls", _)) => called = callee,
                 Some(_) => {}
                 None => {
                     if let Some(total) = line.strip_prefix("totals: ") {
                         all = all.or(total.trim().parse().ok());
-                        continue;
+                    } else if let Some(cost) = cost(line) {
+                        // What is inside is counted where it is called from outside.
+                        part += if !inside && (inlined || called) { cost } else { 0 };
+                        called = false;
                     }
-                    let mut fields = line.split(' ');
-                    let place = fields.next().is_some_and(|place| {
-                        place == "*" || place.trim_start_matches(['+', '-']).parse::<u64>().is_ok()
-                    });
-                    let (true, Some(Ok(cost))) = (place, fields.next().map(str::parse::<u64>)) else {
-                        continue;
-                    };
-                    // What is inside is counted where it is called from outside.
-                    if !inside && (inlined || call == Some(true)) {
-                        part += cost;
-                    }
-                    call = None;
                 }
             }
         }
@@ -84,6 +75,14 @@ impl Counts {
     pub(super) fn since(self, other: Self) -> Self {
         Self { all: self.all.saturating_sub(other.all), part: self.part.saturating_sub(other.part) }
     }
+}
+
+/// Instructions of a line that has a place in the source, absolute or relative to the line before, and a cost.
+fn cost(line: &str) -> Option<u64> {
+    let (place, cost) = line.split_once(' ')?;
+    let number = |text: &str| text.parse::<u64>().ok();
+    let place = place == "*" || number(place.trim_start_matches(['+', '-'])).is_some();
+    number(cost).filter(|_| place)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::{
     crew::{Command, Crew},
     gradient::Gradient,
     load::Function,
-    migrate::confidence,
+    migrate::{confidence, mean},
     stack::{Cpu, Invokers, Options, Stack},
     worker::WorkerArgs,
 };
@@ -61,10 +61,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         return instructions(args);
     }
     let gradient = Gradient::of_mib(args.mib);
-    let bar = ProgressBar::new(u64::from(args.pairs)).with_message("starting");
-    if !std::io::stderr().is_terminal() || args.json {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
-    }
+    let bar = progress(args, u64::from(args.pairs), "starting");
     let mut sides =
         [Side::start(args, gradient, true, Vec::new())?, Side::start(args, gradient, false, Vec::new())?];
     let measured = measure(args, &mut sides, &bar);
@@ -92,6 +89,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         side.stack.stop()?;
     }
     Ok(())
+}
+
+fn progress(args: &Args, length: u64, message: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(length).with_message(message);
+    if !std::io::stderr().is_terminal() || args.json {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
 }
 
 fn measure(args: &Args, sides: &mut [Side; 2], bar: &ProgressBar) -> anyhow::Result<()> {
@@ -151,8 +156,10 @@ impl Side {
 /// Counts instructions: those of a long run, less those of one that only warms up.
 fn instructions(args: &Args) -> anyhow::Result<()> {
     let gradient = Gradient::of_mib(args.mib);
-    let warm_up = counted(args, gradient, WARM_UP)?;
-    let counts = counted(args, gradient, WARM_UP + args.rounds)?.since(warm_up);
+    let bar = progress(args, u64::from(2 * WARM_UP + args.rounds), "counting instructions");
+    let warm_up = counted(args, gradient, WARM_UP, &bar)?;
+    let counts = counted(args, gradient, WARM_UP + args.rounds, &bar)?.since(warm_up);
+    bar.finish_and_clear();
     let mib = f64::from(args.workers * args.rounds) * gradient.bytes() as f64 / f64::from(1 << 20);
     let cost = counts.part as f64 / (counts.all - counts.part) as f64;
     let report = json!({
@@ -177,14 +184,17 @@ fn instructions(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Instructions of store, gateway, autoscaler and invoker, from their starts to their ends, with so many rounds.
-fn counted(args: &Args, gradient: Gradient, rounds: u32) -> anyhow::Result<Counts> {
+fn counted(args: &Args, gradient: Gradient, rounds: u32, bar: &ProgressBar) -> anyhow::Result<Counts> {
     let directory = tempfile::tempdir().context("creating a temporary directory")?;
     let profiles = format!("--callgrind-out-file={}/%p", directory.path().display());
     let wrapper = ["valgrind", "--tool=callgrind", "--quiet", "--trace-children=yes", &profiles];
     let mut side = Side::start(args, gradient, true, wrapper.map(str::to_owned).to_vec())?;
-    if let Err(error) = side.rounds(rounds) {
-        side.stack.explain();
-        return Err(error);
+    for _ in 0..rounds {
+        if let Err(error) = side.rounds(1) {
+            side.stack.explain();
+            return Err(error);
+        }
+        bar.inc(1);
     }
     side.crew.dismiss()?;
     side.stack.stop()?;
@@ -203,12 +213,13 @@ fn counted(args: &Args, gradient: Gradient, rounds: u32) -> anyhow::Result<Count
 /// of that name too.
 fn records(function: &str) -> bool {
     let ours = |before: &str| {
-        let of_crate = before.strip_suffix("::").is_some_and(|path| {
-            path.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-                .next()
-                .is_some_and(|name| name.starts_with("thalweg"))
-        });
-        of_crate || !before.ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':')
+        let path = before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':').next();
+        path.is_some_and(|path| {
+            path.is_empty()
+                || path
+                    .strip_suffix("::")
+                    .is_some_and(|name| name.starts_with("thalweg") && !name.contains(':'))
+        })
     };
     function.contains("metrics_exporter_prometheus::")
         || function.contains("metrics_util::")
@@ -237,7 +248,7 @@ fn report(args: &Args, gradient: Gradient, [with, without]: &[Side; 2]) -> Value
             "without": quantile(&without.cpu, 0.5) / gib,
         },
         "cost_percent_median": quantile(&costs, 0.5),
-        "cost_percent_mean": costs.iter().sum::<f64>() / costs.len() as f64,
+        "cost_percent_mean": mean(&costs),
         "cost_percent_ci95": confidence(&costs),
     })
 }

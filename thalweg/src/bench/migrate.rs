@@ -331,7 +331,7 @@ pub(super) async fn registry(connection: &Connection) -> anyhow::Result<Registry
     }
 }
 
-fn mean(values: &[f64]) -> f64 {
+pub(super) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 

@@ -30,8 +30,9 @@ use super::{
 ///
 /// The target is the fewest invokers with which no job loses more than 10 % against being alone, by mean value analysis
 /// (docs/autoscaling.md) and with what a round took of an invoker's quota in the second half of the step; the size is
-/// right when it is within one of the target. decisions_to_target: from 1x to 8x, decisions of the autoscaler until it wants a right size and stays with right sizes for the rest of the step; null if
-/// it does not. seconds_to_target: from that step until so many invokers have said that they are ready.
+/// right when it is within one of the target. decisions_to_target: from 1x to 8x, decisions of the autoscaler until it
+/// wants a right size and stays with right sizes for the rest of the step; null if it does not. seconds_to_target: from
+/// that step until so many invokers have said that they are ready.
 /// flaps_noisy_flat: under the noisy load, after it has lasted for 20 s, decisions that go back on the one before.
 /// seconds_to_zero: from the end of the load until the last invoker has ended. first_result_from_zero_ms: from the first
 /// push, when there was no invoker, to its result. Of each step, slowdown is what the jobs did lose in its second half.
@@ -173,8 +174,7 @@ struct Phase {
     ended: (Instant, SystemTime),
     /// By how much longer than alone a round took in its second half.
     slowdown: f64,
-    /// What a round took of one invoker's quota there, seconds. Where an invoker never rests it is half as much again
-    /// as here, so it is measured where it is needed.
+    /// What a round took of one invoker's quota there, seconds: less than where an invoker never rests.
     work: f64,
 }
 
@@ -254,7 +254,8 @@ async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Val
     connection.client.drain().await?;
     let ready = watch.await?;
     let decisions = decisions(stack)?;
-    let (count, seconds) = to_target(&decisions, &ready, &phases[1], load.need(args, &phases[1]));
+    let target = load.need(args, &phases[1]);
+    let (count, seconds) = to_target(&decisions, &ready, &phases[1], target);
     let during_noise: Vec<_> = decisions.iter().filter(|made| made.at >= phases[3].began.1).collect();
     let flaps = during_noise
         .windows(2)
@@ -270,7 +271,7 @@ async fn measure(args: &Args, stack: &Stack, load: OneJob) -> anyhow::Result<Val
         "service_mb_per_s": f64::from(args.kib) * 1.024e-3 / load.0.work,
         "work_ms": load.0.work * 1e3,
         "think_ms": load.0.think * 1e3,
-        "target": load.need(args, &phases[1]),
+        "target": target,
         "phases": phases.iter().map(|phase| {
             let within = |made: &&Decision| made.at >= phase.began.1 && made.at < phase.ended.1;
             let since = |made: &Decision| made.at.duration_since(phase.began.1).unwrap_or_default();
