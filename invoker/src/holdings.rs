@@ -45,8 +45,12 @@ struct Echo {
 
 /// How long a partition that is about to be given up is served while nobody asks for it.
 const UNASKED_MS: Millis = 1000;
-/// How long it is served on for the sake of what is held of it.
-const SERVED_ON_MS: Millis = 100;
+/// How long it is served on for the sake of what is held of it. Where workers push at different speeds that is until the
+/// slowest of a round has pushed; what is given up before is delivered again, and nobody serves the partition while what is
+/// under way ends. Leaves as long for that before whoever asked takes us for dead.
+const SERVED_ON_MS: Millis = 500;
+/// How long the broker is waited for before the next partition is given up.
+const RELEASING_MS: Millis = 100;
 
 /// What to do, in order.
 #[derive(Debug)]
@@ -327,7 +331,7 @@ impl Holdings {
         }
         let mut steps = Vec::new();
         let mut done = Vec::new();
-        self.releasing.take_if(|(_, since)| now >= *since + SERVED_ON_MS);
+        self.releasing.take_if(|(_, since)| now >= *since + RELEASING_MS);
         let mut releasing = self.releasing.is_some();
         for (partition, slot) in &mut self.slots {
             let Slot::Leaving(leaving) = slot else {

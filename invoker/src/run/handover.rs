@@ -14,7 +14,7 @@ use crate::{
     partition::{self, Former, Peers, Takeover, TakeoverError},
 };
 
-/// Longest wait for a former holder. It serves on for a tenth of that and then ends what is under way; one that needs
+/// Longest wait for a former holder. It serves on for half of that and then ends what is under way; one that needs
 /// longer may be frozen, and loses the partition as if it were dead.
 const PATIENCE: Duration = Duration::from_secs(1);
 
