@@ -9,6 +9,7 @@
 //! * [`others`]: the metrics of processes that this one has started, among its own;
 //! * [`health`]: which components are ready, and what the others wait for;
 //! * [`admin`]: `/livez`, `/readyz`, `/metrics` and `/log` over HTTP;
+//! * [`http`]: asking the admin port of another process;
 //! * [`shutdown`]: the first signal drains, the second one exits;
 //! * [`systemd`]: tells systemd when the process is ready and when it stops.
 //!
@@ -18,6 +19,7 @@
 pub mod admin;
 pub mod config;
 pub mod health;
+pub mod http;
 pub mod logs;
 pub mod metrics;
 pub mod others;

@@ -10,15 +10,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
+use crate::http::get;
 
 /// Longest wait for all of them. A scraper waits ten seconds by default.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Longest answer that is read, bytes.
-const MOST_BYTES: u64 = 4 << 20;
 
 /// The admin ports of other processes, by name. Clones share it.
 #[derive(Clone, Debug)]
@@ -47,9 +42,7 @@ impl Others {
     pub(crate) async fn with(&self, own: String) -> String {
         let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let asked: Vec<_> = (addresses.into_iter())
-            .map(|(name, address)| {
-                (name, tokio::spawn(tokio::time::timeout(PATIENCE, get(address, "/metrics"))))
-            })
+            .map(|(name, address)| (name, tokio::spawn(get(address, "/metrics", PATIENCE))))
             .collect();
         if asked.is_empty() {
             return own;
@@ -58,24 +51,11 @@ impl Others {
         merged.add(&own, None);
         for (name, answer) in asked {
             match answer.await {
-                Ok(Ok(Ok(text))) => merged.add(&text, Some(&format!("{}=\"{name}\"", self.label))),
+                Ok(Ok((200, text))) => merged.add(&text, Some(&format!("{}=\"{name}\"", self.label))),
                 failed => tracing::debug!(name, ?failed, "no metrics of another process"),
             }
         }
         merged.text()
-    }
-}
-
-/// The body of a successful answer.
-async fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    // In HTTP/1.0 an answer ends with its connection.
-    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes()).await?;
-    let mut answer = String::new();
-    stream.take(MOST_BYTES).read_to_string(&mut answer).await?;
-    match answer.split_once("\r\n\r\n") {
-        Some((head, body)) if head.split(' ').nth(1) == Some("200") => Ok(body.to_owned()),
-        _ => Err(std::io::Error::other("not the answer that was asked for")),
     }
 }
 
@@ -137,7 +117,10 @@ fn labelled(line: &str, label: Option<&str>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
 
     use super::*;
 

@@ -1,20 +1,16 @@
 //! `thalweg health`: asks a process of this host whether it is ready, for whoever has no HTTP client at hand.
 
 use std::{
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
 use serde_json::Value;
-use thalweg_telemetry::config::Loader;
+use thalweg_telemetry::{config::Loader, http};
 
-use crate::{admin, config::Config};
-
-/// Longest answer that is read, bytes.
-const MAX_ANSWER: u64 = 64 << 10;
+use crate::{admin, cli, config::Config};
 
 /// Arguments of `thalweg health`.
 #[derive(Debug, clap::Args)]
@@ -38,7 +34,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let admin = args.admin.map(|admin| ("admin.listen".to_owned(), admin));
     let loader = Loader::new("THALWEG").file(args.config).overrides(admin.into_iter().collect());
     let address = reachable(Config::load(&loader)?.admin.listen);
-    let (status, body) = ask(address, args.timeout)
+    let (status, body) = (cli::runtime()?)
+        .block_on(http::get(address, "/readyz", args.timeout))
         .with_context(|| format!("nobody answers at {address}: the process does not run, or see --admin"))?;
     match status {
         200 => admin::print("ready"),
@@ -57,21 +54,6 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Status and body of `/readyz`.
-fn ask(address: SocketAddr, timeout: Duration) -> anyhow::Result<(u16, String)> {
-    let mut stream = TcpStream::connect_timeout(&address, timeout)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
-    stream.write_all(
-        format!("GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes(),
-    )?;
-    let mut answer = String::new();
-    stream.take(MAX_ANSWER).read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("an answer that is not HTTP")?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((status.context("an answer without a status")?, body.to_owned()))
-}
-
 /// What is not ready and why, for people.
 fn obstacles(body: &str) -> String {
     let parsed = serde_json::from_str::<Value>(body).unwrap_or_default();
@@ -85,7 +67,10 @@ fn obstacles(body: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::{
+        io::{Read as _, Write as _},
+        net::TcpListener,
+    };
 
     use super::*;
 
@@ -97,7 +82,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             let mut request = [0; 1024];
             let length = stream.read(&mut request).unwrap();
-            assert!(request[..length].starts_with(b"GET /readyz HTTP/1.1\r\n"));
+            assert!(request[..length].starts_with(b"GET /readyz HTTP/1.0\r\n"));
             stream.write_all(answer.as_bytes()).unwrap();
         });
         let outcome = run(Args { config: None, admin, timeout: Duration::from_secs(5) });

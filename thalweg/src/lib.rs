@@ -4,6 +4,7 @@
 pub mod actuators;
 mod admin;
 pub mod bench;
+mod census;
 pub mod cli;
 pub mod config;
 pub mod demo;

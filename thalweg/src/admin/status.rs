@@ -1,23 +1,13 @@
 //! `thalweg status`.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
 
-use futures::StreamExt as _;
 use serde_json::json;
-use thalweg_broker::{Connection, PartitionDepth, Queues as _, Registry, RegistryError};
-use thalweg_protocol::{
-    InvokerBeat, Kind, Lease, PLACEMENT_KEY, Placement, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, frame,
-    lease_key, subjects,
-};
-use thalweg_store::{ShardStore as _, StoreClient};
+use thalweg_broker::{PartitionDepth, Queues as _, Registry, RegistryError};
+use thalweg_protocol::{PLACEMENT_KEY, Placement, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, subjects};
 
 use super::{Target, bytes, count, print, table};
-
-/// How long invokers are listened to; they beat every second by default.
-const LISTEN: Duration = Duration::from_millis(1500);
+use crate::census::{Census, jobs_in};
 
 /// What runs and what it has to do.
 pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
@@ -41,10 +31,8 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
         let partitions = placement.into_iter().flat_map(|placement| placement.partitions);
         placed += partitions.filter(|partition| partition.holder.is_some()).count();
     }
-    let leads = async |role: &str| registry.get::<Lease>(&lease_key(role)).await.map(|(lease, _)| lease);
-    let before = (leads("gateway").await?, leads("autoscaler").await?);
-    let (invokers, strangers) = listen(&connection).await?;
-    let after = (leads("gateway").await?, leads("autoscaler").await?);
+    let Census { gateway, autoscaler, invokers, strangers, .. } =
+        Census::take(&connection, &registry).await?;
     let partitions = streams.map_or(0, |streams| streams.created.len());
     let depths = connection.jetstream.depths(u16::try_from(partitions).unwrap_or(u16::MAX)).await;
     let queued = depths.map(|depths| {
@@ -53,15 +41,8 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
     });
     let answers = match &store {
         None => None,
-        Some(store) => {
-            let client = StoreClient::new(connection.client.clone(), store.id);
-            let listed = tokio::time::timeout(target.timeout, client.list()).await;
-            listed.ok().and_then(Result::ok).map(|jobs| jobs.len())
-        }
+        Some(store) => jobs_in(store, &connection, target.timeout).await,
     };
-    // A lease that is held is renewed several times in that time.
-    let (gateway, autoscaler) =
-        (after.0.is_some() && before.0 != after.0, after.1.is_some() && before.1 != after.1);
     let jobs = if gateway {
         target.connect().await?.jobs(None).await.map_err(|error| error.to_string())
     } else {
@@ -160,27 +141,4 @@ pub(crate) async fn status(target: Target) -> anyhow::Result<()> {
         lines.push(table(&["invoker", "state", "partitions", "busy", "folds", "holds"], rows));
     }
     print(&lines.join("\n"))
-}
-
-type Heard = (BTreeMap<String, InvokerBeat>, BTreeMap<String, String>);
-
-/// The newest heartbeat of every invoker that can be heard, and of whom it cannot be understood, and why.
-async fn listen(connection: &Connection) -> anyhow::Result<Heard> {
-    let [shared, pooled] = subjects::ALL_INVOKER_BEATS;
-    let shared = connection.client.subscribe(shared).await?;
-    let mut beats = futures::stream::select(shared, connection.client.subscribe(pooled).await?);
-    let (mut invokers, mut strangers) = (BTreeMap::new(), BTreeMap::new());
-    let until = Instant::now() + LISTEN;
-    while let Ok(Some(message)) =
-        tokio::time::timeout(until.saturating_duration_since(Instant::now()), beats.next()).await
-    {
-        match frame::open::<InvokerBeat>(Kind::Beat, &message.payload) {
-            Ok((beat, _)) => drop(invokers.insert(beat.invoker.clone(), beat)),
-            Err(error) => {
-                let invoker = message.subject.rsplit('.').next().unwrap_or_default().to_owned();
-                strangers.insert(invoker, error.to_string());
-            }
-        }
-    }
-    Ok((invokers, strangers))
 }

@@ -88,19 +88,10 @@ struct Usage {
 impl Usage {
     fn zip(self, other: Self, f: impl Fn(f64, f64) -> f64) -> Self {
         Self {
-            stack: Cpu {
-                broker: f(self.stack.broker, other.stack.broker),
-                invokers: f(self.stack.invokers, other.stack.invokers),
-                store: f(self.stack.store, other.stack.store),
-                gateway: f(self.stack.gateway, other.stack.gateway),
-            },
+            stack: self.stack.zip(other.stack, &f),
             workers: f(self.workers, other.workers),
             folder: f(self.folder, other.folder),
         }
-    }
-
-    fn of_stack(&self) -> f64 {
-        self.stack.broker + self.stack.invokers + self.stack.store + self.stack.gateway
     }
 }
 
@@ -340,9 +331,9 @@ impl Bench<'_> {
                 "broker": self.per_gib(stack.broker),
                 "invokers": self.per_gib(stack.invokers),
                 "store": self.per_gib(stack.store),
-                "gateway": self.per_gib(stack.gateway),
+                "gateway": self.per_gib(stack.gateway + stack.autoscaler),
                 "workers": self.per_gib(workers),
-                "total": self.per_gib(self.usage.of_stack() + workers),
+                "total": self.per_gib(stack.total() + workers),
             },
             "peers": {},
             "ratio": {},
@@ -358,7 +349,7 @@ impl Bench<'_> {
                     "broker": self.per_gib(raw.usage.stack.broker),
                     "folder": self.per_gib(raw.usage.folder),
                     "workers": self.per_gib(raw.usage.workers),
-                    "total": self.per_gib(raw.usage.of_stack() + raw.usage.folder + raw.usage.workers),
+                    "total": self.per_gib(raw.usage.stack.total() + raw.usage.folder + raw.usage.workers),
                 },
             });
             report["ratio"]["raw"] = self.ratio(raw).into();
@@ -386,7 +377,7 @@ impl Bench<'_> {
         table.add_row(part("CPU per GiB: broker", &|usage| usage.stack.broker));
         table.add_row(part("invokers, folder", &|usage| usage.stack.invokers + usage.folder));
         table.add_row(part("store", &|usage| usage.stack.store));
-        table.add_row(part("gateway, autoscaler", &|usage| usage.stack.gateway));
+        table.add_row(part("gateway, autoscaler", &|usage| usage.stack.gateway + usage.stack.autoscaler));
         table.add_row(part("workers", &|usage| usage.workers));
         if let Some(raw) = raw {
             table.add_row(row("speed over raw", format!("{:.2}", self.ratio(raw)), Some(String::new())));

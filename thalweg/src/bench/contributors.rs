@@ -110,7 +110,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
             "broker": outcome.cpu.broker,
             "invoker": outcome.cpu.invokers,
             "store": outcome.cpu.store,
-            "gateway": outcome.cpu.gateway,
+            "gateway": outcome.cpu.gateway + outcome.cpu.autoscaler,
         },
         "invoker_peak_rss_mib": peak_mib,
         "budget_mib": args.budget_mib,
@@ -191,13 +191,7 @@ async fn measure(args: &Args, stack: &Stack) -> anyhow::Result<Outcome> {
     let wrong = round.tensors[0].iter().zip(&expected).filter(|(is, should)| is != should).count();
     ensure!(wrong == 0, "{wrong} of {elements} sums are wrong");
     let peak_rss_bytes = stack.invokers().into_iter().map(process::peak_rss_bytes).max().unwrap_or(0);
-    let cpu = Cpu {
-        broker: after.broker - cpu.broker,
-        invokers: after.invokers - cpu.invokers,
-        store: after.store - cpu.store,
-        gateway: after.gateway - cpu.gateway,
-    };
-    Ok(Outcome { join_seconds, seconds, cpu, peak_rss_bytes })
+    Ok(Outcome { join_seconds, seconds, cpu: after.since(cpu), peak_rss_bytes })
 }
 
 /// Elements of a rank's gradient: small integers, so that their sum is exact in any order.

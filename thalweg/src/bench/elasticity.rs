@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     crew::{Command, Crew, Reply},
+    figures::mean,
     gradient::{Gradient, scale},
     journal,
     load::Function,
@@ -37,7 +38,7 @@ use crate::models::Model;
 /// invoker_seconds: summed over invokers, from the request to start one until it has ended, times its CPU quota; the
 /// time after the last round until the autoscaler has stopped them all counts. reduction: 1 - elastic / static.
 /// cpu_seconds: user and system time of broker, store, gateway, autoscaler and invokers, from the first round to the end
-/// of the last job, without the workers. slowdown: by how much a job's mean time from round to round is longer on the
+/// of the last job, without the workers; parts: of each. slowdown: by how much a job's mean time from round to round is longer on the
 /// elastic side; vs_alone: than that of a job that is alone on the static side. max: of the worst job. Rounds of the
 /// warm-up do not count for the periods. predicted_elastic_invoker_seconds: what `thalweg simulate` says of the same
 /// jobs and the default policy, from the period of the job that is alone and from what the static side's invokers
@@ -107,7 +108,8 @@ struct Outcome {
     /// Of the results of each job.
     digests: Vec<u64>,
     invoker_seconds: f64,
-    cpu_seconds: f64,
+    /// From the first round to the end of the last.
+    cpu: Cpu,
     invoker_cpu_seconds: f64,
     seconds: f64,
     decisions: usize,
@@ -145,17 +147,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
-    let (count, sum) = values.fold((0_u32, 0.0), |(count, sum), value| (count + 1, sum + value));
-    sum / f64::from(count.max(1))
-}
-
 fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) -> anyhow::Result<Value> {
     let of = |side: &[Outcome], value: fn(&Outcome) -> f64| mean(side.iter().map(value));
     let period = |side: &[Outcome], job: usize| mean(side.iter().map(|outcome| outcome.periods[job]));
     let jobs = 0..usize::from(args.jobs);
     let slowdowns: Vec<_> = jobs.clone().map(|job| period(elastic, job) / period(fixed, job) - 1.0).collect();
     let vs_alone = jobs.map(|job| period(elastic, job) / alone.periods[0] - 1.0);
+    let parts = |side: &[Outcome]| {
+        let sum = side.iter().fold(Cpu::default(), |sum, outcome| sum.zip(outcome.cpu, |sum, cpu| sum + cpu));
+        sum.zip(sum, |sum, _| sum / side.len() as f64)
+    };
     let worst = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::NEG_INFINITY, f64::max);
     let seconds = [fixed, elastic].map(|side| of(side, |outcome| outcome.invoker_seconds));
     let redelivered = of(elastic, |outcome| outcome.redelivered_bytes);
@@ -180,8 +181,10 @@ fn report(args: &Args, [fixed, elastic]: &[Vec<Outcome>; 2], alone: &Outcome) ->
         "reduction": 1.0 - seconds[1] / seconds[0],
         "predicted_elastic_invoker_seconds": predicted,
         "prediction_off": predicted / seconds[1] - 1.0,
-        "cpu_seconds_static": of(fixed, |outcome| outcome.cpu_seconds),
-        "cpu_seconds_elastic": of(elastic, |outcome| outcome.cpu_seconds),
+        "cpu_seconds_static": of(fixed, |outcome| outcome.cpu.total()),
+        "cpu_seconds_elastic": of(elastic, |outcome| outcome.cpu.total()),
+        "cpu_parts_static": parts(fixed),
+        "cpu_parts_elastic": parts(elastic),
         "slowdown_max": worst(&mut slowdowns.iter().copied()),
         "slowdown_mean": mean(slowdowns.iter().copied()),
         "slowdown_vs_alone_max": worst(&mut vs_alone.into_iter()),
@@ -251,10 +254,6 @@ struct Run<'a> {
     started: BTreeMap<u16, Instant>,
 }
 
-fn total(cpu: Cpu) -> f64 {
-    cpu.broker + cpu.invokers + cpu.store + cpu.gateway
-}
-
 impl Run<'_> {
     fn measure(&mut self) -> anyhow::Result<Outcome> {
         if self.kind == Side::Static {
@@ -279,7 +278,7 @@ impl Run<'_> {
         }
         outcome.seconds = begun.elapsed().as_secs_f64();
         let used = self.stack.cpu();
-        outcome.cpu_seconds = total(used) - total(cpu);
+        outcome.cpu = used.since(cpu);
         outcome.invoker_cpu_seconds = used.invokers;
         for crew in &mut crews {
             outcome.account(&crew.all(Command::Account)?)?;

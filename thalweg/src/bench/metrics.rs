@@ -13,10 +13,10 @@ use thalweg_protocol::Durability;
 use super::{
     callgrind::Counts,
     crew::{Command, Crew},
+    figures::{confidence, mean},
     gradient::Gradient,
     load::Function,
-    migrate::{confidence, mean},
-    stack::{Cpu, Invokers, Options, Stack},
+    stack::{Invokers, Options, Stack},
     worker::WorkerArgs,
 };
 use crate::demo::quantile;
@@ -138,18 +138,14 @@ impl Side {
 
     /// Rounds whose results are checked; the CPU seconds of the deployment that went into them. Workers record nothing.
     fn rounds(&mut self, rounds: u32) -> anyhow::Result<f64> {
-        let cpu = |stack: &Stack| {
-            let Cpu { broker, invokers, store, gateway } = stack.cpu();
-            broker + invokers + store + gateway
-        };
-        let before = cpu(&self.stack);
+        let before = self.stack.cpu();
         for _ in 0..rounds {
             self.round += 1;
             self.crew.all(Command::Prepare { round: self.round })?;
             self.crew.round(Command::Thalweg)?;
             self.crew.all(Command::Check { raw: false })?;
         }
-        Ok(cpu(&self.stack) - before)
+        Ok(self.stack.cpu().since(before).total())
     }
 }
 
@@ -248,7 +244,7 @@ fn report(args: &Args, gradient: Gradient, [with, without]: &[Side; 2]) -> Value
             "without": quantile(&without.cpu, 0.5) / gib,
         },
         "cost_percent_median": quantile(&costs, 0.5),
-        "cost_percent_mean": mean(&costs),
+        "cost_percent_mean": mean(costs.iter().copied()),
         "cost_percent_ci95": confidence(&costs),
     })
 }

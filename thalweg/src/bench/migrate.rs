@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     crew::{Command, Crew, Reply},
+    figures::{confidence, mean},
     gradient::{Gradient, scale},
     journal,
     load::Function,
@@ -303,12 +304,12 @@ impl Bench<'_> {
             "invokers": self.args.invokers,
             "moves": self.args.moves,
             "rounds": self.round,
-            "suspension_ms_mean": mean(&suspensions),
+            "suspension_ms_mean": mean(suspensions.iter().copied()),
             "suspension_ms_max": quantile(&suspensions, 1.0),
-            "without_holder_ms_mean": mean(&unserved),
+            "without_holder_ms_mean": mean(unserved.iter().copied()),
             "without_holder_ms_max": quantile(&unserved, 1.0),
             "not_handed_over": longest.iter().map(|each| each.disorderly).sum::<usize>(),
-            "round_extra_ms_mean": mean(extra),
+            "round_extra_ms_mean": mean(extra.iter().copied()),
             "round_extra_ms_ci95": confidence(extra),
             "redelivered_bytes_fraction": (delivered - pushed + read_again) / pushed,
             "lost": lost,
@@ -328,34 +329,5 @@ pub(super) async fn registry(connection: &Connection) -> anyhow::Result<Registry
         }
         ensure!(Instant::now() < until, "no streams within {PATIENCE:?}");
         tokio::time::sleep(LOOK).await;
-    }
-}
-
-pub(super) fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Half the width of the 95 % confidence interval of the mean, by Student's t.
-pub(super) fn confidence(values: &[f64]) -> f64 {
-    // For 1 to 10 degrees of freedom; beyond, the last one is a little too wide.
-    const T: [f64; 10] = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23];
-    let (count, mean) = (values.len(), mean(values));
-    if count < 2 {
-        return f64::NAN;
-    }
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    let deviation = (squares / (count - 1) as f64).sqrt();
-    T[(count - 2).min(T.len() - 1)] * deviation / (count as f64).sqrt()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn confidence_is_that_of_students_t() {
-        assert!((confidence(&[1.0, 3.0]) - 12.71).abs() < 1e-9);
-        assert!((confidence(&[5.0; 7])).abs() < 1e-9);
-        assert!(confidence(&[1.0]).is_nan());
     }
 }

@@ -6,6 +6,7 @@ mod callgrind;
 mod contributors;
 mod crew;
 mod elasticity;
+mod figures;
 mod gradient;
 mod journal;
 mod load;

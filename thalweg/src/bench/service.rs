@@ -257,7 +257,7 @@ async fn cost(stack: &Stack) -> (f64, u64) {
     let cpu = stack.cpu();
     let pids = stack.pids();
     let memory = pids.into_iter().map(process::rss_bytes).sum();
-    (cpu.broker + cpu.invokers + cpu.store + cpu.gateway, memory)
+    (cpu.total(), memory)
 }
 
 fn median(values: &mut [f64]) -> f64 {

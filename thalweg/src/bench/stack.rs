@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use serde::Serialize;
 
 use crate::{
     nats::{self, signal, terminate, wait},
@@ -47,13 +48,35 @@ pub(super) struct Options {
 }
 
 /// CPU time of a deployment's parts, seconds.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Cpu {
     pub(super) broker: f64,
     pub(super) invokers: f64,
     pub(super) store: f64,
-    /// Gateway and autoscaler.
     pub(super) gateway: f64,
+    pub(super) autoscaler: f64,
+}
+
+impl Cpu {
+    pub(super) fn total(self) -> f64 {
+        self.broker + self.invokers + self.store + self.gateway + self.autoscaler
+    }
+
+    /// Part by part.
+    pub(super) fn zip(self, other: Self, f: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            broker: f(self.broker, other.broker),
+            invokers: f(self.invokers, other.invokers),
+            store: f(self.store, other.store),
+            gateway: f(self.gateway, other.gateway),
+            autoscaler: f(self.autoscaler, other.autoscaler),
+        }
+    }
+
+    /// What was used after `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        self.zip(before, |after, before| after - before)
+    }
 }
 
 /// A running deployment. Dropped, it is killed.
@@ -171,7 +194,8 @@ impl Stack {
             broker: process::cpu_seconds(self.server.pid()).0,
             invokers: self.ended_cpu + ended + living,
             store: process::cpu_seconds(self.store.id()).0,
-            gateway: process::cpu_seconds(self.gateway.id()).0 + autoscaler,
+            gateway: process::cpu_seconds(self.gateway.id()).0,
+            autoscaler,
         }
     }
 

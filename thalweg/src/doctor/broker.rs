@@ -1,26 +1,20 @@
 //! What only the deployment can tell: the NATS server and what runs against it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::{Duration, Instant, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use futures::StreamExt as _;
 use serde::Deserialize;
 use thalweg_broker::{Connection, DeadLetterQuery, Registry, RegistryError, dead_letters};
-use thalweg_protocol::{
-    Durability, InvokerBeat, Kind, Lease, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, frame, lease_key,
-    subjects,
-};
+use thalweg_protocol::{Durability, STORE_KEY, STREAMS_KEY, StoreRecord, Streams, subjects};
 use thalweg_sdk::Client;
-use thalweg_store::{ShardStore as _, StoreClient};
 use tokio_util::sync::CancellationToken;
 
 use super::{Finding, judge};
-use crate::config::{Actuator, Config};
+use crate::{
+    census::{Census, LISTEN, jobs_in},
+    config::{Actuator, Config},
+};
 
-/// How long heartbeats are listened to, and leases are watched for a renewal.
-const LISTEN: Duration = Duration::from_millis(1500);
 /// What a user of the NATS server has to be allowed.
 const GRANTS: &str =
     "allow its user to publish and subscribe on thalweg.>, $JS.API.>, $JS.ACK.>, $KV.> and _INBOX.>";
@@ -148,37 +142,28 @@ async fn components(
     if let Some(streams) = streams {
         findings.push(partitions(streams.created.len(), config.streams.total()));
     }
-    let leads = async |role: &str| registry.get::<Lease>(&lease_key(role)).await.map(|(lease, _)| lease);
-    let before = [leads("gateway").await?, leads("autoscaler").await?];
-    let heard = listen(connection).await;
-    let after = [leads("gateway").await?, leads("autoscaler").await?];
-    let mut gateway = false;
-    for ((role, before), after) in ["gateway", "autoscaler"].into_iter().zip(before).zip(after) {
-        // A lease that is held is renewed several times meanwhile.
-        let runs = after.is_some() && before != after;
-        gateway |= runs && role == "gateway";
-        findings.push(if runs {
+    let census = Census::take(connection, &registry).await?;
+    let gateway = census.gateway;
+    for (role, leads) in [("gateway", gateway), ("autoscaler", census.autoscaler)] {
+        findings.push(if leads {
             Finding::ok(role, "one leads")
         } else {
             Finding::error(role, "none leads", format!("start `thalweg {role}`, or see its log"))
         });
     }
-    findings.extend(heard.map_or_else(|error| vec![error], |heard| heard.judge(config)));
+    findings.extend(beating(census, config));
     let (store, _) = registry.get::<StoreRecord>(STORE_KEY).await?;
     findings.push(match store {
         None => Finding::error("store", "none has registered", "start `thalweg store`"),
-        Some(store) => {
-            let client = StoreClient::new(connection.client.clone(), store.id);
-            match tokio::time::timeout(timeout, client.list()).await {
-                Ok(Ok(jobs)) => Finding::ok("store", format!("{} answers, with {} jobs", store.location, jobs.len())),
-                _ => Finding::error(
-                    "store",
-                    format!("{} does not answer", store.location),
-                    "start `thalweg store` with that data directory; if it is lost, `thalweg store --replace` gives its \
-                     jobs up",
-                ),
-            }
-        }
+        Some(store) => match jobs_in(&store, connection, timeout).await {
+            Some(jobs) => Finding::ok("store", format!("{} answers, with {jobs} jobs", store.location)),
+            None => Finding::error(
+                "store",
+                format!("{} does not answer", store.location),
+                "start `thalweg store` with that data directory; if it is lost, `thalweg store --replace` gives its \
+                 jobs up",
+            ),
+        },
     });
     if gateway {
         findings.extend(jobs(config, timeout).await);
@@ -206,59 +191,22 @@ fn partitions(there: usize, configured: u16) -> Finding {
     Finding::warning("streams", found, remedy)
 }
 
-/// Who beats.
-#[derive(Default)]
-struct Heard {
-    invokers: BTreeSet<String>,
-    /// And why those were not understood.
-    strangers: BTreeMap<String, String>,
-    agents: usize,
-}
-
-impl Heard {
-    fn judge(self, config: &Config) -> Vec<Finding> {
-        let mut findings = vec![Finding::ok("invokers", format!("{} beat", self.invokers.len()))];
-        for (invoker, why) in self.strangers {
-            let remedy = "it gets no work: update it, or autoscaler and doctor, to the same release";
-            findings.push(Finding::error("invokers", format!("{invoker}: {why}"), remedy));
-        }
-        if config.autoscaler.actuator == Actuator::Agent {
-            findings.push(match self.agents {
-                0 => Finding::error(
-                    "agents",
-                    "none beats",
-                    "start `thalweg agent` on the hosts for the invokers",
-                ),
-                agents => Finding::ok("agents", format!("{agents} beat")),
-            });
-        }
-        findings
+/// What those who beat come to.
+fn beating(census: Census, config: &Config) -> Vec<Finding> {
+    let mut findings = vec![Finding::ok("invokers", format!("{} beat", census.invokers.len()))];
+    for (invoker, why) in census.strangers {
+        let remedy = "it gets no work: update it, or autoscaler and doctor, to the same release";
+        findings.push(Finding::error("invokers", format!("{invoker}: {why}"), remedy));
     }
-}
-
-async fn listen(connection: &Connection) -> Result<Heard, Finding> {
-    let failed = |error: async_nats::SubscribeError| Finding::error("permissions", error.to_string(), GRANTS);
-    let subscribe = async |subject: &'static str| connection.client.subscribe(subject).await.map_err(failed);
-    let [shared, pooled] = subjects::ALL_INVOKER_BEATS;
-    let beats = futures::stream::select(subscribe(shared).await?, subscribe(pooled).await?);
-    let mut beats = futures::stream::select(beats, subscribe(subjects::AGENT_BEATS).await?);
-    let (mut heard, mut agents) = (Heard::default(), BTreeSet::new());
-    let until = Instant::now() + LISTEN;
-    while let Ok(Some(message)) =
-        tokio::time::timeout(until.saturating_duration_since(Instant::now()), beats.next()).await
-    {
-        let sender = message.subject.rsplit('.').next().unwrap_or_default().to_owned();
-        if message.subject.starts_with(subjects::AGENT_BEATS.trim_end_matches('*')) {
-            agents.insert(sender);
-            continue;
-        }
-        match frame::open::<InvokerBeat>(Kind::Beat, &message.payload) {
-            Ok((beat, _)) => drop(heard.invokers.insert(beat.invoker)),
-            Err(error) => drop(heard.strangers.insert(sender, error.to_string())),
-        }
+    if config.autoscaler.actuator == Actuator::Agent {
+        findings.push(match census.agents.len() {
+            0 => {
+                Finding::error("agents", "none beats", "start `thalweg agent` on the hosts for the invokers")
+            }
+            agents => Finding::ok("agents", format!("{agents} beat")),
+        });
     }
-    heard.agents = agents.len();
-    Ok(heard)
+    findings
 }
 
 /// Those that do not train, and those that are promised more than is kept.
