@@ -118,6 +118,11 @@ test-compose: $(PYTHON_ENV)/.made ## run docker-compose.yml for real: up, trains
 	echo "SKIPPED: what needs a Docker Engine and docker-compose of the tests of docker-compose.yml"; \
 	test -z "$(REQUIRE_DOCKER)" && $(PYTHON_ENV)/bin/python -m pytest -rs deploy/compose/test_compose.py; fi
 
+# Not in CI: in a virtual machine that has to wait for its host, the kernel may let a thread run for longer.
+.PHONY: test-cgroup
+test-cgroup: ## run the test of CPU quotas by cgroups in a virtual machine (Debian: qemu-system-x86 busybox-static cpio)
+	$(PYTHON) scripts/cgroup-vm.py
+
 .PHONY: image
 image: ## build the container image thalweg:VERSION (ARGS=... for docker build, such as --build-arg FEATURES=kubernetes)
 	docker build --tag thalweg:$(VERSION) --build-arg VERSION=$(VERSION) \

@@ -44,15 +44,13 @@ impl Cgroups {
         if !has_cpu(&fs::read_to_string(parent.join("cgroup.controllers"))?) {
             return Err(unsupported("the CPU controller is not delegated to this cgroup"));
         }
+        // The root, which alone has no type, may have processes beside those in its children. Elsewhere the kernel takes
+        // the controller all the same, and then no processes into the children.
+        if parent.join("cgroup.type").exists() {
+            move_aside(&parent)?;
+        }
         let shared = parent.join("cgroup.subtree_control");
-        if !has_cpu(&fs::read_to_string(&shared)?) && fs::write(&shared, "+cpu").is_err() {
-            let ours = parent.join(OURS);
-            match fs::create_dir(&ours) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
-            // 0 stands for whoever writes it.
-            fs::write(ours.join("cgroup.procs"), "0")?;
+        if !has_cpu(&fs::read_to_string(&shared)?) {
             fs::write(&shared, "+cpu")?;
         }
         Ok(Self { parent })
@@ -92,6 +90,27 @@ impl Drop for Cgroup {
             tracing::debug!(%error, path = %self.path.display(), "a cgroup stays");
         }
     }
+}
+
+/// Moves this process out of a cgroup, into a child of it, if it is there.
+fn move_aside(parent: &Path) -> io::Result<()> {
+    let inside = fs::read_to_string(parent.join("cgroup.procs"))?;
+    let own = std::process::id().to_string();
+    if inside.lines().any(|process| process != own) {
+        return Err(unsupported(
+            "other processes are in this cgroup too, such as a shell that has started this one",
+        ));
+    }
+    if inside.is_empty() {
+        return Ok(());
+    }
+    let ours = parent.join(OURS);
+    match fs::create_dir(&ours) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    // 0 stands for whoever writes it.
+    fs::write(ours.join("cgroup.procs"), "0")
 }
 
 fn unsupported(text: &str) -> io::Error {
@@ -150,6 +169,26 @@ mod tests {
         fs::write(directory.path().join("cgroup.controllers"), "memory pids").unwrap();
         let error = Cgroups::below(directory.path().to_owned()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn whoever_is_in_the_cgroup_moves_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(directory.path().join(file), text).unwrap();
+        write("cgroup.controllers", "cpu");
+        write("cgroup.subtree_control", "");
+        write("cgroup.type", "domain\n");
+        let own = std::process::id();
+        write("cgroup.procs", &format!("{own}\n1\n"));
+        let error = Cgroups::below(directory.path().to_owned()).unwrap_err();
+        assert!(error.to_string().contains("other processes"), "{error}");
+        assert!(!directory.path().join(OURS).exists());
+        write("cgroup.procs", &format!("{own}\n"));
+        let ours = Cgroups::below(directory.path().to_owned()).map(|_| directory.path().join(OURS)).unwrap();
+        assert_eq!(fs::read_to_string(ours.join("cgroup.procs")).unwrap(), "0");
+        // A later life finds itself there already.
+        write("cgroup.procs", "");
+        assert_eq!(Cgroups::below(ours).unwrap().parent, directory.path());
     }
 
     #[test]
