@@ -285,6 +285,13 @@ impl Controller {
         self.reason == Reason::Idle && self.fleet.members.is_empty()
     }
 
+    /// Whether nothing waits, and nobody comes or goes.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        let settled = |invoker: &Invoker| matches!(invoker.phase, Phase::Serving | Phase::Spare);
+        self.history.last_known().0 == 0 && self.fleet.members.values().all(settled)
+    }
+
     /// The placement without the invokers started here, which are about to be stopped; `None` when it does
     /// not change. Nothing is started or stopped afterwards.
     pub fn hand_over(&mut self, now: Millis) -> Option<Placement> {

@@ -165,13 +165,19 @@ fn the_first_work_starts_an_invoker_and_its_first_beat_places_everything() {
     let mut world = World::leading(config());
     world.pass(30_000);
     assert!(world.started.is_empty() && world.places == 0 && world.controller.is_asleep());
+    assert!(world.controller.is_quiet());
     world.depth_bytes = 8;
     world.observe();
+    assert!(!world.controller.is_quiet(), "something waits");
+    world.depth_bytes = 0;
+    world.observe();
+    assert!(!world.controller.is_quiet(), "somebody comes");
     assert_eq!(world.started, ["auto-1"]);
     assert_eq!(world.places, 0);
     world.now += 70;
     world.beat("auto-1");
     assert_eq!((world.places, world.placed_on("auto-1").len()), (1, 8));
+    assert!(world.controller.is_quiet());
 }
 
 #[test]

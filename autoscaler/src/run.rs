@@ -16,8 +16,9 @@ use crate::{
     Action, Actuator, Config, Controller, DecisionRecord, Millis, Status, lease::Leadership, metrics, moves,
 };
 
-/// Shortest time between observations while there is nothing to do and nobody to do it.
-const ASLEEP: Duration = Duration::from_millis(400);
+/// Shortest time between observations while nothing waits and nobody comes or goes. Each costs a broker with 40 streams
+/// 4 ms of CPU time.
+const QUIET: Duration = Duration::from_millis(400);
 /// Time between observations after a worker has said that it pushes, and for how long: its contributions may need a
 /// moment to their queue.
 const WAKING: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -258,12 +259,12 @@ impl Shell {
         let tick = Duration::from_millis(self.config.tick_ms);
         if !self.controller.leads() {
             tick.max(STANDBY)
-        } else if !self.controller.is_asleep() {
+        } else if !self.controller.is_quiet() {
             tick
-        } else if self.woken.is_some_and(|at| at.elapsed() < WAKING.1) {
+        } else if self.controller.is_asleep() && self.woken.is_some_and(|at| at.elapsed() < WAKING.1) {
             WAKING.0
         } else {
-            tick.max(ASLEEP)
+            tick.max(QUIET)
         }
     }
 

@@ -16,12 +16,6 @@ use rustix::process::{Pid, Signal, kill_process};
 pub const ENV: &str = "THALWEG_NATS_SERVER";
 /// Longest wait for the server to listen, and for it to stop.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Environment variable for the number of threads that a program in Go runs at once.
-const GO_THREADS: &str = "GOMAXPROCS";
-/// By default as many as there are cores, but no fewer than these. Go lets each of them work for ten milliseconds before
-/// another task has its turn; on two cores, with contributions coming in, all of a handover's steps would wait for that.
-/// The operating system gives a core to whoever has waited longest.
-const FEWEST_GO_THREADS: usize = 8;
 
 /// How the server is run.
 #[derive(Clone, Debug)]
@@ -207,12 +201,7 @@ fn spawn(options: &Options) -> anyhow::Result<Child> {
     );
     let path = directory.join("nats.conf");
     fs::File::create(&path)?.write_all(config.as_bytes())?;
-    let mut command = Command::new(&options.binary);
-    if std::env::var_os(GO_THREADS).is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        command.env(GO_THREADS, cores.max(FEWEST_GO_THREADS).to_string());
-    }
-    command
+    Command::new(&options.binary)
         .arg("--config")
         .arg(&path)
         // It is not the one whose readiness systemd waits for.

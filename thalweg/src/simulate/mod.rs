@@ -5,14 +5,16 @@ mod profiles;
 mod read;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{IsTerminal as _, Write as _},
+    panic::resume_unwind,
     path::PathBuf,
+    thread,
 };
 
 use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
-use indicatif::ProgressBar;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::json;
 use thalweg_autoscaler::{
@@ -102,10 +104,11 @@ impl Kind {
     fn grid(self) -> Vec<f64> {
         match self {
             Self::Static | Self::Thalweg => Vec::new(),
-            // Messages: 1 to 4096 in steps of a fifth.
-            Self::Keda | Self::Knative => (0..=48).map(|step| 2_f64.powf(f64::from(step) / 4.0)).collect(),
-            // Utilisation.
-            Self::Hpa => (2..=38).map(|step| f64::from(step) / 40.0).collect(),
+            // Messages: 1 to 4096 in steps of a twentieth; of a fifth for Knative, which takes many times as long to play.
+            Self::Keda => (0..=192).map(|step| 2_f64.powf(f64::from(step) / 16.0)).collect(),
+            Self::Knative => (0..=48).map(|step| 2_f64.powf(f64::from(step) / 4.0)).collect(),
+            // Utilisation, in steps of half a percent.
+            Self::Hpa => (10..=190).map(|step| f64::from(step) / 200.0).collect(),
         }
     }
 
@@ -142,6 +145,7 @@ struct Setting<'a> {
     config: Config,
     constants: Constants,
     seed: u64,
+    bars: MultiProgress,
 }
 
 /// One policy's result.
@@ -166,16 +170,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let trace = read::read(&args.trace, &profiles, options)?;
     let config = Config { max_invokers: usize::from(MOST), slowdown_limit: limit, ..Config::default() };
-    let setting = Setting { trace: &trace, config, constants: profiles.constants(MOST), seed: args.seed };
+    let (constants, seed, bars) = (profiles.constants(MOST), args.seed, bars());
+    let setting = Setting { trace: &trace, config, constants, seed, bars };
     let statically = Static::of(&setting);
     let begun = std::time::Instant::now();
-    let mut outcomes = BTreeMap::new();
-    let (ours, others): (Vec<_>, Vec<_>) = args.policy.iter().partition(|kind| **kind == Kind::Thalweg);
-    for kind in ours.into_iter().chain(others) {
-        let reference =
-            outcomes.get(&Kind::Thalweg).map(|outcome: &Outcome| outcome.score.ratio_quantile(P99));
-        outcomes.insert(kind, setting.play(kind, reference.unwrap_or(1.0 + limit), &statically));
-    }
+    let outcomes = setting.play_all(&args.policy, &statically);
     let seconds = begun.elapsed().as_secs_f64();
     let agreement = setting.compare(args);
     if let Some(file) = &args.plot {
@@ -298,6 +297,24 @@ impl Static {
 }
 
 impl Setting<'_> {
+    /// Plays ours first, if it is among them, and then the others at once, fitted to it.
+    fn play_all(&self, policies: &[Kind], statically: &Static) -> BTreeMap<Kind, Outcome> {
+        let (ours, others): (BTreeSet<_>, BTreeSet<_>) =
+            policies.iter().copied().partition(|kind| *kind == Kind::Thalweg);
+        let limit = 1.0 + self.config.slowdown_limit;
+        let mut outcomes: BTreeMap<_, _> =
+            ours.into_iter().map(|kind| (kind, self.play(kind, limit, statically))).collect();
+        let reference = outcomes.get(&Kind::Thalweg).map(|outcome| outcome.score.ratio_quantile(P99));
+        let play = |kind| (kind, self.play(kind, reference.unwrap_or(limit), statically));
+        outcomes.extend(thread::scope(|scope| {
+            let playing: Vec<_> = others.into_iter().map(|kind| scope.spawn(move || play(kind))).collect();
+            let ended =
+                playing.into_iter().map(|player| player.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            ended.collect::<Vec<_>>()
+        }));
+        outcomes
+    }
+
     /// Plays a policy that is not thalweg with the parameter that it needs the fewest invokers with among those with
     /// which its rounds last no longer over alone, at the 99th percentile, than `reference`: a bisection, since fewer
     /// invokers mean longer rounds. Where none does that, with the one of the most invokers.
@@ -332,13 +349,22 @@ impl Setting<'_> {
         Outcome { score, parameter }
     }
 
+    fn bar(&self, length: usize, what: &str) -> ProgressBar {
+        let style =
+            indicatif::ProgressStyle::with_template("{prefix}{wide_bar} {pos}/{len} jobs, {eta} left");
+        let bar = ProgressBar::new(length as u64)
+            .with_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
+            .with_prefix(what.to_owned());
+        self.bars.add(bar)
+    }
+
     fn coarse(&self) -> Config {
         Config { tick_ms: COARSE_TICK_MS, ..self.config.clone() }
     }
 
     fn means(&self, policy: &mut dyn Policy, what: &str) -> Score {
         let jobs = &self.trace.jobs[..];
-        let bar = bar(jobs.len(), what);
+        let bar = self.bar(jobs.len(), what);
         let config = self.coarse();
         let inputs = (&config, &self.constants, self.seed);
         // A parameter that starves the jobs need not be followed to its end, which may be years away.
@@ -372,7 +398,7 @@ impl Setting<'_> {
         let length = f64::from(args.window_s) * 1000.0;
         let (mut worst, mut played) = ((0.0_f64, 0.0_f64), 0);
         let mut sums = (0.0, 0.0, 0.0, 0.0);
-        let bar = bar(states.len(), "round by round ");
+        let bar = self.bar(states.len(), "round by round ");
         for state in states.iter().filter(|state| !state.jobs.is_empty()) {
             let fine = (&self.config, &self.constants, self.seed);
             // What the policy does while it learns the jobs' rhythm anew is no part of the comparison.
@@ -412,12 +438,10 @@ impl Setting<'_> {
     }
 }
 
-fn bar(length: usize, what: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = indicatif::ProgressStyle::with_template("{prefix}{wide_bar} {pos}/{len} jobs, {eta} left");
-    ProgressBar::new(length as u64)
-        .with_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
-        .with_prefix(what.to_owned())
+/// Seen on a terminal only.
+fn bars() -> MultiProgress {
+    MultiProgress::with_draw_target(match std::io::stderr().is_terminal() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    })
 }
