@@ -6,7 +6,7 @@ mod read;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{IsTerminal as _, Write as _},
+    io::Write as _,
     panic::resume_unwind,
     path::PathBuf,
     thread,
@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use clap::ValueEnum;
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget};
+use indicatif::{MultiProgress, ProgressBar};
 use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 use serde_json::json;
 use thalweg_autoscaler::{
@@ -145,6 +145,7 @@ struct Setting<'a> {
     config: Config,
     constants: Constants,
     seed: u64,
+    /// Seen on a terminal only.
     bars: MultiProgress,
 }
 
@@ -170,7 +171,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     };
     let trace = read::read(&args.trace, &profiles, options)?;
     let config = Config { max_invokers: usize::from(MOST), slowdown_limit: limit, ..Config::default() };
-    let (constants, seed, bars) = (profiles.constants(MOST), args.seed, bars());
+    let (constants, seed, bars) = (profiles.constants(MOST), args.seed, MultiProgress::new());
     let setting = Setting { trace: &trace, config, constants, seed, bars };
     let statically = Static::of(&setting);
     let begun = std::time::Instant::now();
@@ -436,12 +437,4 @@ impl Setting<'_> {
             "round_over_alone_off_max": worst.1,
         })
     }
-}
-
-/// Seen on a terminal only.
-fn bars() -> MultiProgress {
-    MultiProgress::with_draw_target(match std::io::stderr().is_terminal() {
-        true => ProgressDrawTarget::stderr(),
-        false => ProgressDrawTarget::hidden(),
-    })
 }
