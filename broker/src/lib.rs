@@ -29,5 +29,5 @@ pub use said::Said;
 pub use spans::{Spans, traced};
 pub use streams::{
     PartitionDepth, Pool, PoolConfig, Queue, QueueError, Queues, StreamStorage, StreamsConfig,
-    consumer_epochs, ensure_streams, is_created, replace_consumer,
+    consumer_epochs, delivered, ensure_streams, remove_consumer,
 };

@@ -3,10 +3,10 @@
 use std::{collections::BTreeMap, ops::Range, time::Duration};
 
 use async_nats::{
-    Client, Subject,
+    Client,
     jetstream::{
         self, ErrorCode as JetStreamError,
-        consumer::{AckPolicy, IntoConsumerConfig as _, pull},
+        consumer::{AckPolicy, pull},
         context::GetStreamErrorKind,
         stream::{Config, DirectGetErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
     },
@@ -186,32 +186,25 @@ fn consumer(name: &str) -> pull::Config {
     }
 }
 
-/// Has the broker remove a consumer, and create the next one where there is a name for it; its answer to that goes to
-/// `reply`, for [`is_created`]. Nothing is waited for: the broker does what one connection asks for in order, so the queue
-/// is without a consumer for no longer than that takes. In a cluster, or after a failure, it may not be so; then that
-/// answer is an error.
-pub async fn replace_consumer(
-    client: &Client,
-    partition: Partition,
-    former: &str,
-    next: Option<(&str, Subject)>,
-) {
+/// Has the broker remove a consumer. Nothing is waited for: whoever depends on its absence finds out by creating the next
+/// one.
+pub async fn remove_consumer(client: &Client, partition: Partition, name: &str) {
     let stream = subjects::gradient_stream(partition);
-    // What is lost with the connection is missed by whoever waits for it.
-    let _ = client.publish(format!("$JS.API.CONSUMER.DELETE.{stream}.{former}"), Bytes::new()).await;
-    if let Some((name, reply)) = next {
-        let subject = format!("$JS.API.CONSUMER.CREATE.{stream}.{name}");
-        let config = consumer(name).into_consumer_config();
-        let body = serde_json::json!({ "stream_name": stream, "config": config, "action": "create" });
-        let _ = client.publish_with_reply(subject, reply, body.to_string().into()).await;
-    }
+    let _ = client.publish(format!("$JS.API.CONSUMER.DELETE.{stream}.{name}"), Bytes::new()).await;
 }
 
-/// Whether that answer says that the consumer was created.
-#[must_use]
-pub fn is_created(answer: &[u8]) -> bool {
-    let answer = serde_json::from_slice::<jetstream::response::Response<jetstream::consumer::Info>>(answer);
-    matches!(answer, Ok(jetstream::response::Response::Ok(_)))
+/// How many deliveries a consumer has made.
+///
+/// # Errors
+/// [`QueueError::Unavailable`], also when it is gone.
+pub async fn delivered(
+    context: &jetstream::Context,
+    partition: Partition,
+    name: &str,
+) -> Result<u64, QueueError> {
+    let stream = context.get_stream_no_info(subjects::gradient_stream(partition)).await;
+    let info = stream.map_err(unavailable)?.consumer_info(name).await.map_err(unavailable)?;
+    Ok(info.delivered.consumer_sequence)
 }
 
 /// Creates what is missing of the streams and records when each one was created. Idempotent; run it

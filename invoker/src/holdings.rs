@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use async_nats::Subject;
-use thalweg_protocol::{Epoch, Partition, Placement};
+use thalweg_protocol::{Epoch, HandedOver, Handover, Partition, Placement};
 
 use crate::{
     core::{Event, Millis},
@@ -19,15 +19,19 @@ enum Slot {
     Leaving(Box<Leaving>),
 }
 
-/// A partition that is about to be given up. It is served on until the next holder asks for it, nothing of it is held
-/// and the broker has every acknowledgement, so that it is never without a holder and nothing has to be delivered again.
-/// But not for long, since whoever takes it over may be dead, and rounds may last: then no more rounds are begun, and
-/// those under way end.
+/// A partition that is about to be given up. It is served on until the next holder asks for it, nothing of it is held,
+/// the broker has every acknowledgement and the next holder hears what is delivered; then it is handed over with its
+/// consumer, so that nothing has to be delivered again. But not for long, since whoever takes it over may be dead, and
+/// rounds may last: then no more rounds are begun, those under way end, and it is given up without its consumer.
 #[derive(Debug)]
 struct Leaving {
     held: Holding,
     /// The next holder is there, or there will be none.
     asked: bool,
+    /// The next holder has asked.
+    known: bool,
+    /// Since when it waits for a word, if it does.
+    waits: Option<Millis>,
     echo: Option<Echo>,
     served_until: Millis,
     /// Since when it is not served.
@@ -47,10 +51,10 @@ struct Echo {
 const UNASKED_MS: Millis = 1000;
 /// How long it is served on for the sake of what is held of it. Where workers push at different speeds that is until the
 /// slowest of a round has pushed; what is given up before is delivered again, and nobody serves the partition while what is
-/// under way ends. Leaves as long for that before whoever asked takes us for dead.
-const SERVED_ON_MS: Millis = 500;
-/// How long the broker is waited for before the next partition is given up.
-const RELEASING_MS: Millis = 100;
+/// under way ends.
+const SERVED_ON_MS: Millis = 2000;
+/// How long whoever asks is left without a word, so that it does not take us for dead.
+const SILENT_MS: Millis = 300;
 
 /// What to do, in order.
 #[derive(Debug)]
@@ -77,7 +81,14 @@ pub enum Step {
         /// After so many deliveries.
         delivery: u64,
     },
-    /// Remove this consumer of ours and tell the next holder; when the broker has done it, call [`Holdings::released`].
+    /// Tell whoever waits for this partition.
+    Answer {
+        /// Which.
+        partition: Partition,
+        /// [`HandedOver::Ready`] or [`HandedOver::NotYet`].
+        answer: HandedOver,
+    },
+    /// Remove this consumer of ours and tell whoever waits.
     Release {
         /// Of which partition.
         partition: Partition,
@@ -119,15 +130,13 @@ pub struct Holdings {
     drain_ms: Millis,
     slots: BTreeMap<Partition, Slot>,
     drain_until: Option<Millis>,
-    /// A consumer that the broker is replacing, and since when.
-    releasing: Option<(String, Millis)>,
 }
 
 impl Holdings {
     /// Nothing yet. `drain_ms` is the longest time to hand partitions over when told to stop.
     #[must_use]
     pub fn new(id: String, drain_ms: Millis) -> Self {
-        Self { id, drain_ms, slots: BTreeMap::new(), drain_until: None, releasing: None }
+        Self { id, drain_ms, slots: BTreeMap::new(), drain_until: None }
     }
 
     /// Takes what is placed here and leaves what is not.
@@ -169,13 +178,15 @@ impl Holdings {
         let served_until = until.min(now + if asked { SERVED_ON_MS } else { UNASKED_MS });
         match self.slots.remove(&partition) {
             Some(Slot::Held(held)) => {
-                let leaving = Leaving { held: *held, asked, echo: None, served_until, unserved: None, until };
+                let held = *held;
+                let (known, waits, echo, unserved) = (false, None, None, None);
+                let leaving = Leaving { held, asked, known, waits, echo, served_until, unserved, until };
                 self.slots.insert(partition, Slot::Leaving(Box::new(leaving)));
             }
             Some(Slot::Leaving(mut leaving)) => {
                 if asked && !leaving.asked {
                     leaving.asked = true;
-                    leaving.served_until = leaving.served_until.min(served_until);
+                    leaving.served_until = leaving.until.min(served_until);
                 }
                 self.slots.insert(partition, Slot::Leaving(leaving));
             }
@@ -184,16 +195,48 @@ impl Holdings {
         }
     }
 
-    /// Another invoker takes a partition over by the placement of `epoch`, which may not have been read here yet.
-    /// Returns whether a [`Step::Release`] of that consumer will follow; else it is not held here.
-    pub fn asked(&mut self, partition: Partition, consumer: &str, epoch: Epoch, now: Millis) -> bool {
-        match self.slots.get(&partition) {
-            Some(Slot::Held(held)) if held.consumer == consumer && held.epoch < epoch => {}
-            Some(Slot::Leaving(leaving)) if leaving.held.consumer == consumer => {}
-            _ => return false,
+    /// Another invoker takes a partition over, by a placement that may not have been read here yet. Returns what to tell
+    /// it; `None` if a [`Step::Answer`] or [`Step::Release`] will follow.
+    pub fn asked(&mut self, handover: &Handover, now: Millis) -> Option<HandedOver> {
+        let Handover { partition, consumer, epoch } = handover;
+        match self.slots.get(partition) {
+            Some(Slot::Held(held)) if held.consumer == *consumer && held.epoch >= *epoch => {
+                return Some(HandedOver::Newer(held.epoch));
+            }
+            Some(Slot::Held(held)) if held.consumer == *consumer => {}
+            Some(Slot::Leaving(leaving)) if leaving.held.consumer == *consumer => {}
+            _ => return Some(HandedOver::NotHeld),
         }
-        self.leave(partition, true, now);
-        true
+        self.leave(*partition, true, now);
+        if let Some(Slot::Leaving(leaving)) = self.slots.get_mut(partition) {
+            (leaving.known, leaving.waits) = (true, Some(now));
+        }
+        None
+    }
+
+    /// Whoever asked hears what is delivered to that consumer from here on. If nothing of the partition is held, which
+    /// `rest` tells, it is handed over.
+    #[must_use]
+    pub fn heard(
+        &mut self,
+        handover: &Handover,
+        rest: impl Fn(Partition) -> Rest,
+    ) -> (HandedOver, Vec<Step>) {
+        let Handover { partition, consumer, .. } = handover;
+        let leaving = match self.slots.get(partition) {
+            Some(Slot::Leaving(leaving)) if leaving.held.consumer == *consumer => leaving,
+            Some(Slot::Held(held)) if held.consumer == *consumer => return (HandedOver::NotYet, Vec::new()),
+            _ => return (HandedOver::NotHeld, Vec::new()),
+        };
+        let acknowledged =
+            leaving.echo.is_some_and(|echo| echo.heard && echo.delivery == leaving.held.deliveries());
+        if leaving.unserved.is_some() || !acknowledged || rest(*partition) != Rest::Nothing {
+            return (HandedOver::NotYet, Vec::new());
+        }
+        let (kept, epoch) = (leaving.held.kept(), leaving.held.epoch);
+        tracing::info!(partition, epoch, unserved_ms = 0, "gives partition up");
+        self.slots.remove(partition);
+        (HandedOver::Kept(kept), vec![Step::Tell(Event::Lost(*partition))])
     }
 
     /// The broker has every acknowledgement of up to so many deliveries ([`Step::Echo`]).
@@ -269,10 +312,23 @@ impl Holdings {
         let silent = |slot: &Slot| matches!(slot, Slot::Held(held) if held.is_silent(now));
         let silent: Vec<_> =
             self.slots.iter().filter(|(_, slot)| silent(slot)).map(|(partition, _)| *partition).collect();
-        silent
-            .into_iter()
-            .flat_map(|partition| self.retake(partition, "its pull request is silent"))
-            .collect()
+        let short = |slot: &Slot| matches!(slot, Slot::Held(held) if held.is_short(now));
+        let short: Vec<_> =
+            self.slots.iter().filter(|(_, slot)| short(slot)).map(|(partition, _)| *partition).collect();
+        let mut steps = Vec::new();
+        for (partitions, why) in
+            [(silent, "its pull request is silent"), (short, "a delivery has gone astray")]
+        {
+            steps.extend(partitions.into_iter().flat_map(|partition| self.retake(partition, why)));
+        }
+        steps
+    }
+
+    /// The broker has delivered so many messages to a consumer of ours.
+    pub fn expect(&mut self, partition: Partition, consumer: &str, deliveries: u64, now: Millis) {
+        if let Some(held) = self.get_mut(partition).filter(|held| held.consumer == consumer) {
+            held.expect(deliveries, now);
+        }
     }
 
     /// A message of `consumer`, its `consumer_sequence`th; `reply` acknowledges it.
@@ -288,6 +344,10 @@ impl Holdings {
         let Some(held) = self.get_mut(partition).filter(|held| held.consumer == consumer) else {
             return Delivered::NotOurs;
         };
+        if consumer_sequence <= held.deliveries() {
+            // It was the former holder's.
+            return Delivered::NotOurs;
+        }
         let in_order = held.delivered(consumer_sequence, now);
         if let Some(reply) = reply {
             held.replies.insert(sequence, reply);
@@ -316,13 +376,7 @@ impl Holdings {
         self.drain_until.is_some() && self.slots.is_empty()
     }
 
-    /// The broker has replaced this consumer of ours ([`Step::Release`]).
-    pub fn released(&mut self, consumer: &str) {
-        self.releasing.take_if(|(releasing, _)| releasing == consumer);
-    }
-
-    /// Gives up what is ready for it; `rest` tells what a partition still has to do here. What is served goes one after
-    /// another: a busy broker needs a while for each, in which nobody would serve the others either.
+    /// Gives up what is ready for it, and tells those that wait; `rest` tells what a partition still has to do here.
     #[must_use]
     pub fn settle(&mut self, rest: impl Fn(Partition) -> Rest, now: Millis) -> Vec<Step> {
         let over = self.drain_until.is_some_and(|until| now >= until);
@@ -331,8 +385,6 @@ impl Holdings {
         }
         let mut steps = Vec::new();
         let mut done = Vec::new();
-        self.releasing.take_if(|(_, since)| now >= *since + RELEASING_MS);
-        let mut releasing = self.releasing.is_some();
         for (partition, slot) in &mut self.slots {
             let Slot::Leaving(leaving) = slot else {
                 done.extend(over.then_some(*partition));
@@ -358,9 +410,14 @@ impl Holdings {
             }
             let echoed = leaving.echo.is_some_and(|echo| echo.heard && echo.delivery == delivery);
             let overdue = over || !served && now > leaving.until;
-            let released = overdue || finished && echoed && !(served && releasing);
-            releasing |= released;
-            done.extend(released.then_some(*partition));
+            let ready = finished && echoed;
+            if overdue || ready && !(served && leaving.known) {
+                done.push(*partition);
+            } else if leaving.waits.is_some_and(|since| ready || now >= since + SILENT_MS) {
+                leaving.waits = None;
+                let answer = if ready { HandedOver::Ready } else { HandedOver::NotYet };
+                steps.push(Step::Answer { partition: *partition, answer });
+            }
         }
         for partition in done {
             let slot = self.slots.remove(&partition);
@@ -372,7 +429,6 @@ impl Holdings {
             };
             let unserved = now.saturating_sub(unserved);
             tracing::info!(partition, epoch = held.epoch, unserved_ms = unserved, "gives partition up");
-            self.releasing = Some((held.consumer.clone(), now));
             steps.push(Step::Release { partition, consumer: held.consumer, unserved });
         }
         steps
@@ -381,10 +437,10 @@ impl Holdings {
     /// When to call [`Holdings::settle`] although nothing else happens.
     #[must_use]
     pub fn settle_at(&self) -> Option<Millis> {
-        let due = |slot: &Slot| match slot {
-            Slot::Leaving(leaving) if leaving.unserved.is_none() => Some(leaving.served_until),
-            Slot::Leaving(leaving) => Some(leaving.until + 1),
-            _ => None,
+        let due = |slot: &Slot| {
+            let Slot::Leaving(leaving) = slot else { return None };
+            let end = if leaving.unserved.is_none() { leaving.served_until } else { leaving.until + 1 };
+            Some(leaving.waits.map_or(end, |since| end.min(since + SILENT_MS)))
         };
         self.slots.values().filter_map(due).chain(self.drain_until).min()
     }
@@ -422,6 +478,12 @@ impl Holdings {
         }
     }
 
+    /// Partitions that are being given up, and served so far.
+    pub fn leaving(&self) -> impl Iterator<Item = Partition> {
+        let leaves = |slot: &Slot| matches!(slot, Slot::Leaving(leaving) if leaving.unserved.is_none());
+        self.slots.iter().filter(move |(_, slot)| leaves(slot)).map(|(partition, _)| *partition)
+    }
+
     /// Whether a partition is being given up: then no more is asked for than what is held waits for.
     #[must_use]
     pub fn is_leaving(&self, partition: Partition) -> bool {
@@ -436,6 +498,12 @@ impl Holdings {
     /// Partitions in any state.
     pub fn partitions(&self) -> impl Iterator<Item = Partition> {
         self.slots.keys().copied()
+    }
+
+    /// How many partitions are in our hands.
+    #[must_use]
+    pub fn count_held(&self) -> usize {
+        self.slots.values().filter(|slot| !matches!(slot, Slot::Taking { .. })).count()
     }
 
     /// Partitions in our hands, with their epochs, for heartbeats.

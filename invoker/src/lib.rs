@@ -20,8 +20,6 @@ mod run;
 pub use control::Control;
 pub use fold::{FoldContext, fold};
 pub use job::Job;
-pub use partition::{
-    Former, HandedOver, Holding, Peers, Takeover, TakeoverError, Taker, clear_suspect, take_over,
-};
+pub use partition::{Holding, Peers, Silence, Takeover, TakeoverError, Taker, clear_suspect, take_over};
 pub use quota::CpuScope;
 pub use run::{Config, run};

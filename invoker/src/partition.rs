@@ -7,9 +7,10 @@ use std::{
 
 use async_nats::Subject;
 use async_trait::async_trait;
-use futures::TryFutureExt as _;
 use thalweg_broker::{QueueError, Queues, Registry, RegistryError};
-use thalweg_protocol::{Epoch, Handover, Partition, Suspect, subjects, suspect_key};
+use thalweg_protocol::{
+    Epoch, HandedOver, Handover, KeptConsumer, Partition, Suspect, subjects, suspect_key,
+};
 
 use crate::{core::Millis, metrics};
 
@@ -19,8 +20,12 @@ const PULL_EXPIRES: u64 = 30_000_000_000;
 const PULL_HEARTBEAT: u64 = 2_000_000_000;
 /// Silence on a pull request after which it is taken for lost.
 const PULL_SILENCE_MS: Millis = 5000;
+/// How long a delivery may be on its way.
+const ASTRAY_MS: Millis = 3000;
 /// The attempt at which a contribution that keeps killing invokers is put aside.
 const MAX_SUSPECT_ATTEMPTS: u32 = 3;
+/// How often a former holder is asked. It says several times a second that it has not finished.
+const MAX_QUESTIONS: usize = 32;
 
 /// A partition in our hands.
 #[derive(Debug)]
@@ -37,6 +42,8 @@ pub struct Holding {
     pub replies: HashMap<u64, Subject>,
     /// How long nobody had served it when it was handed over in order, if it was, and when we began to.
     pub handed_over: Option<(Duration, SystemTime)>,
+    /// The broker's count of deliveries some time ago, and when that was: by and by we must have as many.
+    expected: Option<(u64, Millis)>,
     /// Next sequence of the consumer; a gap means that deliveries were lost on the way.
     next_delivery: u64,
     credit: u64,
@@ -45,40 +52,70 @@ pub struct Holding {
     heard: Millis,
 }
 
-/// An orderly handover, as the taker knows of it.
-#[derive(Clone, Copy, Debug)]
-pub struct HandedOver {
-    /// How long nobody had served the partition when the former holder said so. The way of that message is not in it.
-    pub unserved: Duration,
-    /// When that was heard.
-    pub heard: Instant,
-    /// Our consumer is there already.
-    pub created: bool,
-}
-
-impl HandedOver {
-    /// It is served again from now on.
-    fn ends(self) -> (Duration, SystemTime) {
-        (self.unserved + self.heard.elapsed(), SystemTime::now())
-    }
-}
-
 /// What became of asking a former holder for a partition.
 #[derive(Clone, Copy, Debug)]
-pub enum Former {
-    /// It has finished with the partition, and its consumer is gone.
-    HandedOver(HandedOver),
-    /// It has ended, or is not one to ask.
+enum Former {
+    /// It has handed the partition over with its consumer.
+    Kept(KeptConsumer),
+    /// It has finished with the partition, and its consumer is being removed. Nobody had served it for so long.
+    Left(Duration),
+    /// It holds the partition by a newer placement than ours.
+    Newer(Epoch),
+    /// It has ended.
     Gone,
     /// It has not answered in time.
     Silent,
 }
 
+/// Why there is no answer of a former holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// Nobody is there.
+    Nobody,
+    /// Not in time.
+    Late,
+}
+
 /// Invokers, as one that takes a partition over reaches those that held it.
 #[async_trait]
 pub trait Peers: Send + Sync {
-    /// Asks the invoker that holds a partition by a consumer to hand it over; waits for it, for a bounded time.
-    async fn ask(&self, handover: Handover) -> Former;
+    /// Asks the holder of a partition by a consumer to hand it over; waits for a bounded time.
+    async fn ask(&self, handover: &Handover) -> Result<HandedOver, Silence>;
+
+    /// Begins to listen to the deliveries of that consumer and tells its holder so, among them: what is delivered behind
+    /// that is heard by both.
+    async fn listen(&self, handover: &Handover) -> Result<HandedOver, Silence>;
+
+    /// No more listens.
+    async fn stop_listening(&self, handover: &Handover);
+}
+
+/// Asks until there is an answer.
+async fn former(peers: &dyn Peers, handover: &Handover) -> Former {
+    for _ in 0..MAX_QUESTIONS {
+        let mut answer = peers.ask(handover).await;
+        let listens = answer == Ok(HandedOver::Ready);
+        if listens {
+            answer = peers.listen(handover).await;
+        }
+        if let Ok(HandedOver::Kept(kept)) = answer {
+            return Former::Kept(kept);
+        }
+        if listens {
+            peers.stop_listening(handover).await;
+        }
+        match answer {
+            Ok(HandedOver::Left(micros)) => return Former::Left(Duration::from_micros(micros)),
+            Ok(HandedOver::Newer(epoch)) => return Former::Newer(epoch),
+            // Or somebody else holds it by now, who will answer.
+            Ok(_) => {}
+            Err(Silence::Nobody) => return Former::Gone,
+            Err(Silence::Late) => break,
+        }
+    }
+    let Handover { partition, consumer, .. } = handover;
+    tracing::info!(partition, consumer, "a former holder does not hand over");
+    Former::Silent
 }
 
 /// End of a takeover.
@@ -108,20 +145,18 @@ pub enum TakeoverError {
     Registry(#[from] RegistryError),
 }
 
-/// Whose takeover it is, and what may tell its consumer from all others.
+/// Whose takeover it is, and what tells its consumer from all others.
 #[derive(Clone, Copy, Debug)]
 pub struct Taker<'a> {
     /// Id of the invoker.
     pub invoker: &'a str,
-    /// Its life, under which it can be asked for handovers.
-    pub life: u32,
     /// Makes the consumer's name one that was never used.
-    pub nonce: u32,
+    pub nonce: u64,
 }
 
-/// Takes a partition over: waits for those of older epochs to hand it over where they can, removes every consumer of
-/// this epoch or an older one that is left, and creates one of our own with a name that was never used, so that
-/// buffered acknowledgements of the past hit nothing. `own` is our own consumer of before a reconnect.
+/// Takes a partition over: waits for whoever holds it by an older placement to hand it over with its consumer. Where that
+/// does not come, removes every consumer of this epoch or an older one and creates one of our own with a name that was
+/// never used, so that buffered acknowledgements of the past hit nothing. `own` is our own consumer of before a reconnect.
 ///
 /// # Errors
 /// [`TakeoverError`]: to be tried again.
@@ -138,67 +173,63 @@ pub async fn take_over(
     if let Some(theirs) = newest.filter(|theirs| *theirs > epoch) {
         return Ok(Takeover::HigherEpoch(theirs));
     }
-    let name = subjects::consumer(epoch, taker.life, taker.nonce);
+    // There is one at most.
+    let theirs = queue.consumers.iter().map(|(name, _)| name).find(|theirs| own.as_ref() != Some(theirs));
     let ask = async {
-        let (mut handed_over, mut silent) = (None, false);
-        for (theirs, _) in &queue.consumers {
-            if subjects::consumer_epoch(theirs) < epoch && own.as_ref() != Some(theirs) {
-                let (consumer, next) = (theirs.clone(), name.clone());
-                match peers.ask(Handover { partition, consumer, epoch, next }).await {
-                    Former::HandedOver(orderly) => handed_over = Some(orderly),
-                    Former::Gone => {}
-                    Former::Silent => silent = true,
-                }
-            }
-        }
-        (handed_over, silent)
+        let Some(theirs) = theirs else { return Former::Gone };
+        former(peers, &Handover { partition, consumer: theirs.clone(), epoch }).await
     };
     // Whoever hands over leaves no suspects, so there is nothing to wait for when it has.
-    let ((handed_over, silent), suspect) =
+    let (former, suspect) =
         futures::join!(ask, read_suspect(registry, taker.invoker, partition, queue.created));
-    let is_ready = handed_over.is_some_and(|orderly: HandedOver| orderly.created) && suspect.is_ok();
-    let mut former = Vec::new();
-    if handed_over.is_some() {
-        former = std::mem::take(&mut queue.consumers);
-    } else if silent {
-        // It may have been given more meanwhile.
-        queue = queues.look(partition).await?;
-    }
-    let mut unclean = false;
-    for (name, pending) in &queue.consumers {
-        let theirs = subjects::consumer_epoch(name);
-        if theirs > epoch {
-            return Ok(Takeover::HigherEpoch(theirs));
+    let heard = Instant::now();
+    let mut held = Holding::new(epoch, subjects::consumer(epoch, taker.nonce), queue.created);
+    let again = async |created| {
+        read_suspect(registry, taker.invoker, partition, created).await.map_err(TakeoverError::from)
+    };
+    let (mut unclean, mut unserved, mut leaving) = (false, None, Vec::new());
+    match former {
+        Former::Newer(theirs) => return Ok(Takeover::HigherEpoch(theirs)),
+        Former::Kept(kept) => {
+            held.consumer = theirs.cloned().unwrap_or_default();
+            held.keep(kept);
+            unserved = Some(Duration::ZERO);
         }
-        // Our own consumer of before a reconnect left nothing behind that could have killed anybody.
-        unclean |= *pending > 0 && own.as_ref() != Some(name);
-        queues.delete_consumer(partition, name).await?;
+        Former::Left(already) => {
+            unserved = Some(already);
+            leaving = std::mem::take(&mut queue.consumers);
+        }
+        // It may have been given more meanwhile.
+        Former::Silent => queue = queues.look(partition).await?,
+        Former::Gone => {}
     }
-    let stream_created = queue.created;
-    let (suspect, poison) = if is_ready {
-        suspect?
+    let poison;
+    if held.is_kept() {
+        (held.suspect, poison) = match suspect {
+            Ok(suspect) => suspect,
+            Err(_) => again(held.stream_created).await?,
+        };
     } else {
+        for (name, pending) in &queue.consumers {
+            let theirs = subjects::consumer_epoch(name);
+            if theirs > epoch {
+                return Ok(Takeover::HigherEpoch(theirs));
+            }
+            // Our own consumer of before a reconnect left nothing behind that could have killed anybody.
+            unclean |= *pending > 0 && own.as_ref() != Some(name);
+            queues.delete_consumer(partition, name).await?;
+        }
+        held.stream_created = queue.created;
         // At once, because nobody serves the partition meanwhile. Whoever died has written its suspects before.
-        let suspect = read_suspect(registry, taker.invoker, partition, stream_created);
-        let suspect = suspect.map_err(TakeoverError::from);
-        let create = create(queues, partition, &name, &former);
-        futures::try_join!(suspect, create)?.0
-    };
-    let unclean = unclean || suspect.is_some();
+        let create = create(queues, partition, &held.consumer, &leaving);
+        ((held.suspect, poison), ()) = futures::try_join!(again(held.stream_created), create)?;
+    }
+    unclean |= held.suspect.is_some();
+    // The way of what was heard is not in it.
+    held.handed_over = unserved.map(|unserved| (unserved + heard.elapsed(), SystemTime::now()));
     metrics::takeover(unclean);
-    tracing::info!(partition, epoch, consumer = name, unclean, backlog = queue.messages, "holds partition");
-    let held = Holding {
-        epoch,
-        consumer: name,
-        stream_created,
-        suspect,
-        replies: HashMap::new(),
-        handed_over: handed_over.map(HandedOver::ends),
-        next_delivery: 1,
-        credit: 0,
-        pending: 0,
-        heard: 0,
-    };
+    let consumer = &held.consumer;
+    tracing::info!(partition, epoch, consumer, unclean, backlog = queue.messages, "holds partition");
     let careful_until = (unclean && queue.messages > 0).then_some(queue.last_sequence);
     Ok(Takeover::Held { partition: Box::new(held), careful_until, poison })
 }
@@ -256,9 +287,52 @@ pub async fn clear_suspect(registry: &Registry, partition: Partition) -> Result<
 }
 
 impl Holding {
+    /// One whose consumer has delivered nothing yet.
+    pub(crate) fn new(epoch: Epoch, consumer: String, stream_created: i64) -> Self {
+        Self {
+            epoch,
+            consumer,
+            stream_created,
+            suspect: None,
+            replies: HashMap::new(),
+            handed_over: None,
+            expected: None,
+            next_delivery: 1,
+            credit: 0,
+            pending: 0,
+            heard: 0,
+        }
+    }
+
     /// It begins now.
     pub(crate) fn begin(&mut self, now: Millis) {
         self.heard = now;
+    }
+
+    /// Goes on with a consumer that was handed over.
+    fn keep(&mut self, kept: KeptConsumer) {
+        (self.next_delivery, self.credit, self.pending) = (kept.next_delivery, kept.credit, kept.pending);
+    }
+
+    /// What whoever it is handed over to has to know.
+    pub(crate) fn kept(&self) -> KeptConsumer {
+        KeptConsumer { next_delivery: self.next_delivery, credit: self.credit, pending: self.pending }
+    }
+
+    /// Whether its consumer was another holder's.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        subjects::consumer_epoch(&self.consumer) < self.epoch
+    }
+
+    /// Notes that the broker has delivered so many messages.
+    pub(crate) fn expect(&mut self, deliveries: u64, now: Millis) {
+        self.expected = Some((deliveries, now));
+    }
+
+    /// Whether a delivery has gone astray.
+    pub(crate) fn is_short(&self, now: Millis) -> bool {
+        self.expected.is_some_and(|(expected, at)| now > at + ASTRAY_MS && self.deliveries() < expected)
     }
 
     /// Number of messages to ask for, when credit has run low.
@@ -355,17 +429,6 @@ impl Holding {
 impl Holding {
     /// One that has just been taken over, without a broker.
     pub(crate) fn taken(epoch: Epoch, consumer: &str) -> Self {
-        Self {
-            epoch,
-            consumer: consumer.to_owned(),
-            stream_created: 0,
-            suspect: None,
-            replies: HashMap::new(),
-            handed_over: None,
-            next_delivery: 1,
-            credit: 0,
-            pending: 0,
-            heard: 0,
-        }
+        Self::new(epoch, consumer.to_owned(), 0)
     }
 }

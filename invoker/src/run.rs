@@ -6,12 +6,13 @@ mod steps;
 
 use std::{
     cell::Cell,
+    collections::HashSet,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use async_nats::jetstream;
+use async_nats::{Subscriber, jetstream};
 use futures::{StreamExt as _, future::LocalBoxFuture, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
 use thalweg_broker::{Backoff, Connection, Registry, RegistryError, Report, Spans};
@@ -19,6 +20,7 @@ use thalweg_protocol::{
     Epoch, InvokerState, JobKey, Kind, Name, Partition, Placement, frame, limits, subjects,
 };
 use thalweg_store::ShardStore;
+use tokio_stream::StreamMap;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -119,7 +121,6 @@ pub async fn run(
         partial_entries: PARTIAL_ENTRIES,
         linger: config.linger_ms,
     };
-    let inbox = connection.client.new_inbox();
     let mut shell = Shell {
         core: Core::new(limits),
         pull_bytes: config.memory_bytes / PULL_SHARE,
@@ -129,6 +130,9 @@ pub async fn run(
         average_bytes: limits::DEFAULT_SHARD_BYTES as usize,
         holdings: Holdings::new(id.clone(), config.drain_ms),
         handovers: Handovers::new(),
+        deliveries: StreamMap::new(),
+        questions: StreamMap::new(),
+        not_yet: HashSet::new(),
         spans: Rc::new(Spans::new("invoker", id.clone())),
         started: Instant::now(),
         work: FuturesUnordered::new(),
@@ -137,7 +141,6 @@ pub async fn run(
         state: InvokerState::Ready,
         placement: Placement::default(),
         id,
-        inbox,
         connection,
         control,
         registry,
@@ -179,10 +182,15 @@ enum Done {
     Event(Event),
     /// A fold has ended, of so many bytes of contributions and of their result.
     Folded(Event, u64),
-    Took(Partition, Epoch, Result<Takeover, TakeoverError>),
+    /// With what is listened to already, if the partition was handed over with its consumer.
+    Took(Partition, Epoch, Result<Takeover, TakeoverError>, Option<Subscriber>),
+    /// The broker has delivered so many messages to a consumer.
+    Delivered(Partition, String, u64),
     Placement(Result<Placement, RegistryError>),
     Nothing,
 }
+
+type ConsumerKey = (Partition, String);
 
 struct Shell {
     config: Config,
@@ -192,9 +200,13 @@ struct Shell {
     registry: Registry,
     store: Arc<dyn ShardStore>,
     core: Core,
-    inbox: String,
     holdings: Holdings,
     handovers: Handovers,
+    /// What is delivered to our consumers, and who asks for their partitions.
+    deliveries: StreamMap<ConsumerKey, Subscriber>,
+    questions: StreamMap<ConsumerKey, Subscriber>,
+    /// Consumers that were handed over, whose status messages are the former holder's so far.
+    not_yet: HashSet<ConsumerKey>,
     /// What it did for the newest rounds.
     spans: Rc<Spans>,
     /// Time for the holdings: it must not jump with the system's clock.
@@ -221,11 +233,9 @@ fn now() -> Millis {
 
 impl Shell {
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), async_nats::Error> {
-        let client = self.connection.client.clone();
-        let mut deliveries = client.subscribe(format!("{}.*", self.inbox)).await?;
         let control = self.control.connection.client.clone();
-        let mut asked = control.subscribe(subjects::handover(self.handovers.life())).await?;
-        let mut questions = control.subscribe(subjects::ALL_TRACES).await?;
+        let mut echoes = control.subscribe(subjects::echo(self.handovers.life())).await?;
+        let mut traces = control.subscribe(subjects::ALL_TRACES).await?;
         let mut hints = control.subscribe(subjects::registry_hint(">")).await?;
         let mut connects = self.connection.connects();
         connects.mark_unchanged();
@@ -253,13 +263,14 @@ impl Shell {
                 biased;
                 Some(done) = self.work.next() => self.done(done).await,
                 // Then what is rare, or a backlog would hold it up.
-                Some(message) = asked.next() => self.asked_for(message),
-                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
-                Some(question) = questions.next() => self.spans.answer(&control, &question).await,
-                message = deliveries.next() => match message {
-                    Some(message) => self.message(message).await,
+                message = echoes.next() => match message {
+                    Some(message) => self.echoed(&message),
                     None => return Err("the connection to NATS was closed".into()),
                 },
+                Some((_, message)) = self.questions.next() => self.asked_for(message).await,
+                Some(hint) = hints.next() => self.hint(hint.subject.as_str()),
+                Some(question) = traces.next() => self.spans.answer(&control, &question).await,
+                Some((consumer, message)) = self.deliveries.next() => self.message(consumer, message).await,
                 changed = connects.changed() => {
                     if changed.is_err() {
                         return Err("the connection to NATS was closed".into());
@@ -308,13 +319,13 @@ impl Shell {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// A message of the inbox: a contribution, or the status of a pull request.
-    async fn message(&mut self, message: async_nats::Message) {
+    /// A message to one of our consumers: a contribution, the status of a pull request, or a word of the next holder.
+    async fn message(&mut self, key: ConsumerKey, message: async_nats::Message) {
+        let partition = key.0;
         if message.status.is_some() {
-            let partition = message.subject.rsplit('.').next().and_then(|token| token.parse().ok());
-            let Some(partition) = partition else { return };
             let elapsed = self.elapsed();
-            let Some(held) = self.holdings.pulled(partition) else { return };
+            let held = self.holdings.pulled(partition).filter(|held| held.consumer == key.1);
+            let Some(held) = held.filter(|_| !self.not_yet.contains(&key)) else { return };
             if held.status(&message, elapsed) {
                 self.pull(partition).await;
             } else {
@@ -322,6 +333,10 @@ impl Shell {
                 self.step(steps).await;
             }
             return;
+        }
+        if !message.reply.as_ref().is_some_and(|reply| reply.starts_with("$JS.ACK.")) {
+            self.not_yet.remove(&key);
+            return self.heard(message).await;
         }
         let context = self.connection.jetstream.clone();
         // Also what comes too late for a consumer that is no longer ours: it is delivered again.
@@ -334,8 +349,6 @@ impl Shell {
         let (sequence, consumer_sequence) = (info.stream_sequence, info.consumer_sequence);
         let pending = info.pending;
         let published = u64::try_from(info.published.unix_timestamp_nanos()).unwrap_or(0);
-        let partition = info.stream.rsplit('_').next().and_then(|token| token.parse::<Partition>().ok());
-        let Some(partition) = partition else { return };
         let (sequences, elapsed) = ((consumer_sequence, sequence), self.elapsed());
         let reply = message.reply.clone();
         match self.holdings.delivered(partition, info.consumer, sequences, reply, elapsed) {
@@ -372,8 +385,19 @@ impl Shell {
                 let actions = self.core.handle(event, now());
                 self.perform(actions).await;
             }
-            Done::Took(partition, epoch, result) => {
+            Done::Took(partition, epoch, result, listening) => {
                 handover::note(partition, epoch, &result);
+                if let Ok(Takeover::Held { partition: held, .. }) = &result {
+                    let consumer = held.consumer.clone();
+                    if held.is_kept() {
+                        self.not_yet.insert((partition, consumer.clone()));
+                        self.look_after(partition, consumer.clone());
+                    }
+                    if self.listen(partition, &consumer, listening).await.is_err() {
+                        // The connection is closed for good.
+                        return;
+                    }
+                }
                 let steps = self.holdings.took(partition, epoch, result, self.elapsed());
                 self.step(steps).await;
             }
@@ -381,6 +405,9 @@ impl Shell {
                 let steps = self.holdings.follow(&placement, self.elapsed());
                 self.placement = placement;
                 self.step(steps).await;
+            }
+            Done::Delivered(partition, consumer, deliveries) => {
+                self.holdings.expect(partition, &consumer, deliveries, self.elapsed());
             }
             Done::Placement(Err(error)) => error.log("placement not read"),
             Done::Nothing => {}

@@ -57,14 +57,15 @@ pub enum Kind {
     AgentRequest = 12,
     /// [`crate::AgentReply`].
     AgentReply = 13,
-    /// [`crate::Handover`], from one invoker to another.
-    Handover = 14,
-    /// [`crate::HandedOver`].
-    HandedOver = 15,
     /// [`crate::TraceQuery`].
     TraceQuery = 16,
     /// [`crate::TraceReply`].
     TraceReply = 17,
+    // 14 and 15 were handovers that could not keep a consumer.
+    /// [`crate::Handover`], from one invoker to another.
+    Handover = 18,
+    /// [`crate::HandedOver`].
+    HandedOver = 19,
 }
 
 #[derive(Serialize)]

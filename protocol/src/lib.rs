@@ -35,8 +35,8 @@ pub use layout::{Layout, offsets, partition_of};
 pub use ledger::{Head, Ledger, Partial, RankSet};
 pub use messages::{
     ApiReply, ApiRequest, Claim, Commit, CommitOutcome, GradientHeader, HandedOver, Handover, JobCommand,
-    JobSummary, MAX_HEADS, Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader, SettingsChange,
-    StoreJob, StoreReply, StoreRequest, WorkerRef,
+    JobSummary, KeptConsumer, MAX_HEADS, Nudge, OpenRound, PartialCommit, Progress, Reject, ResultHeader,
+    SettingsChange, StoreJob, StoreReply, StoreRequest, WorkerRef,
 };
 pub use records::{
     InvokerBeat, InvokerState, JobLoad, JobRecord, JobState, Lease, Life, Member, Origin, PLACEMENT_KEY,

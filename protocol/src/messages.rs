@@ -47,8 +47,9 @@ pub struct Nudge {
     pub shard: ShardIndex,
 }
 
-/// Header of what an invoker asks the one that holds a partition by an older placement: to finish with it and give it
-/// up (rule P19).
+/// Header of what an invoker asks the one that holds a partition by an older placement: to finish with it and hand it
+/// over (rule P19). Published among the deliveries of that consumer it says that whoever asks receives them too from then
+/// on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
     /// The partition.
@@ -57,18 +58,35 @@ pub struct Handover {
     pub consumer: String,
     /// Epoch of the placement by which it is taken over.
     pub epoch: Epoch,
-    /// The consumer of whoever asks, to be created instead; empty: it does that itself.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub next: String,
 }
 
-/// Header of the answer, once that consumer's removal is on its way to the broker. Where the next one is created as well, the
-/// broker's own answer to that follows it.
+/// Header of the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HandedOver {
-    /// Since when nobody has served the partition, microseconds before this answer was sent; `None` when it was not
-    /// held by that consumer.
-    pub unserved_us: Option<u64>,
+pub enum HandedOver {
+    /// It is not held by that consumer here, or no more.
+    NotHeld,
+    /// It is held here by a placement that is not older: by the one of this epoch.
+    Newer(Epoch),
+    /// Nothing of it is held: whoever asks may begin to listen.
+    Ready,
+    /// Something of it is held: ask again.
+    NotYet,
+    /// It is handed over with its consumer, of which every delivery from here on is the asker's.
+    Kept(KeptConsumer),
+    /// It is given up and its consumer is being removed. Nobody has served it for so long, microseconds before this
+    /// answer was sent.
+    Left(u64),
+}
+
+/// A consumer that is handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptConsumer {
+    /// Number of its next delivery, from 1.
+    pub next_delivery: u64,
+    /// How many messages the pull requests that are under way may still bring.
+    pub credit: u64,
+    /// How many messages the broker had left for it after the last delivery.
+    pub pending: u64,
 }
 
 /// Header of a round's result; the payload is the shard's parameters.

@@ -34,25 +34,30 @@ pub fn gradient_stream(partition: Partition) -> String {
     format!("THALWEG_GRAD_{partition}")
 }
 
-/// Name of a partition's consumer: `e<epoch>-<random>`, so that no name is ever used twice (rule P15). The first half
-/// of the random digits is the same for all consumers of one invoker's life, which can be asked for a handover there
-/// ([`handover`]).
+/// Name of a partition's consumer: `e<epoch>-<random>`, so that no name is ever used twice (rule P15). The epoch is that
+/// of the placement by which it was created; whoever it was handed over to holds the partition by a newer one.
 #[must_use]
-pub fn consumer(epoch: Epoch, life: u32, random: u32) -> String {
-    format!("e{epoch}-{life:08x}{random:08x}")
+pub fn consumer(epoch: Epoch, random: u64) -> String {
+    format!("e{epoch}-{random:016x}")
 }
 
-/// Life of the invoker whose consumer was named by [`consumer`]; `None` for any other name.
+/// Where whoever holds a partition by this consumer is asked to hand it over (rule P19). Where nobody listens, it has
+/// ended.
 #[must_use]
-pub fn consumer_life(name: &str) -> Option<u32> {
-    let digits = name.strip_prefix('e')?.split_once('-')?.1;
-    u32::from_str_radix(digits.get(..8).filter(|_| digits.len() == 16)?, 16).ok()
+pub fn handover(consumer: &str) -> String {
+    format!("thalweg.handover.{consumer}")
 }
 
-/// Where an invoker's life is asked to hand a partition over (rule P19). Where nobody listens, it has ended.
+/// Where the messages of a consumer are delivered to whoever holds its partition, and to whoever is about to.
 #[must_use]
-pub fn handover(life: u32) -> String {
-    format!("thalweg.handover.{life:08x}")
+pub fn deliveries(consumer: &str) -> String {
+    format!("thalweg.deliver.{consumer}")
+}
+
+/// Where an invoker's life hears itself.
+#[must_use]
+pub fn echo(life: u32) -> String {
+    format!("thalweg.echo.{life:08x}")
 }
 
 /// Epoch of a consumer named by [`consumer`]; 0 for any other name.
@@ -162,12 +167,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn consumers_name_epoch_and_life() {
-        let name = consumer(7, 0x12_34ab, 5);
+    fn consumers_name_their_epoch() {
+        let name = consumer(7, 0x12_34ab_0000_0005);
         assert_eq!(name, "e7-001234ab00000005");
-        assert_eq!((consumer_epoch(&name), consumer_life(&name)), (7, Some(0x12_34ab)));
-        for foreign in ["", "worker", "e7", "e7-", "e7-12", "e7-zzzzzzzz00000005", "e7-001234ab000000050"] {
-            assert_eq!(consumer_life(foreign), None, "{foreign}");
+        assert_eq!(consumer_epoch(&name), 7);
+        for foreign in ["", "worker", "e", "e-7"] {
+            assert_eq!(consumer_epoch(foreign), 0, "{foreign}");
         }
     }
 

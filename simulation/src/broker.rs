@@ -19,11 +19,11 @@ pub struct Message {
     pub frame: Bytes,
 }
 
-/// A message on its way to whoever pulled.
+/// A message on its way to whoever listens.
 #[derive(Clone, Debug)]
 pub struct Delivery<P> {
-    /// Who pulled.
-    pub puller: P,
+    /// Who listens.
+    pub listeners: Vec<P>,
     /// The consumer.
     pub consumer: String,
     /// Counts the consumer's deliveries, from 1.
@@ -50,8 +50,10 @@ struct Consumer<P> {
     /// Still to be delivered.
     waiting: VecDeque<u64>,
     delivered: u64,
-    /// Pull requests: by whom, and how many messages each may still get.
-    pulls: VecDeque<(P, u64)>,
+    /// Who listens to the subject on which everything is delivered.
+    listeners: Vec<P>,
+    /// How many messages the pull requests may still bring.
+    credit: u64,
 }
 
 /// See the module. `P` names whoever pulls.
@@ -91,18 +93,21 @@ impl<P: Copy + PartialEq> Broker<P> {
     pub fn restart(&mut self) {
         if self.files {
             for stream in self.streams.iter_mut().flatten() {
-                stream.consumer.iter_mut().for_each(|consumer| consumer.pulls.clear());
+                stream.consumer.iter_mut().for_each(|consumer| {
+                    consumer.listeners.clear();
+                    consumer.credit = 0;
+                });
             }
         } else {
             self.streams.iter_mut().for_each(|stream| *stream = None);
         }
     }
 
-    /// A connection is gone, and its pull requests with it.
+    /// A connection is gone, and its subscriptions with it.
     pub fn disconnected(&mut self, gone: impl Fn(&P) -> bool) {
         for stream in self.streams.iter_mut().flatten() {
             if let Some(consumer) = &mut stream.consumer {
-                consumer.pulls.retain(|(puller, _)| !gone(puller));
+                consumer.listeners.retain(|listener| !gone(listener));
             }
         }
     }
@@ -141,25 +146,42 @@ impl<P: Copy + PartialEq> Broker<P> {
         Ok(sequence)
     }
 
-    /// Takes a pull request; `false` when there is no such consumer (503).
+    fn consumer(&mut self, partition: Partition, name: &str) -> Option<&mut Consumer<P>> {
+        let consumer = self.stream(partition).ok()?.consumer.as_mut();
+        consumer.filter(|consumer| consumer.name == name)
+    }
+
+    /// Takes a pull request of somebody who listens; `false` when there is no such consumer (503).
     pub fn pull(&mut self, partition: Partition, name: &str, puller: P, batch: u64) -> bool {
-        let consumer = self.stream(partition).ok().and_then(|stream| stream.consumer.as_mut());
-        match consumer.filter(|consumer| consumer.name == name) {
-            Some(consumer) => {
-                consumer.pulls.push_back((puller, batch));
-                true
-            }
-            None => false,
+        self.listen(partition, name, puller);
+        let consumer = self.consumer(partition, name);
+        consumer.map(|consumer| consumer.credit += batch).is_some()
+    }
+
+    /// Somebody listens to what is delivered to a consumer; tells who does besides.
+    pub fn listen(&mut self, partition: Partition, name: &str, listener: P) -> Vec<P> {
+        let Some(consumer) = self.consumer(partition, name) else { return Vec::new() };
+        let others: Vec<_> = consumer.listeners.iter().copied().filter(|other| *other != listener).collect();
+        if others.len() == consumer.listeners.len() {
+            consumer.listeners.push(listener);
+        }
+        others
+    }
+
+    /// Somebody listens no more. Pull requests stay while anybody does.
+    pub fn stop_listening(&mut self, partition: Partition, name: &str, listener: P) {
+        if let Some(consumer) = self.consumer(partition, name) {
+            consumer.listeners.retain(|other| *other != listener);
         }
     }
 
-    /// Whether a pull request is alive, which its heartbeats show.
+    /// Whether a pull request is alive, which its heartbeats show to whoever listens.
     #[must_use]
     pub fn is_pulled(&self, partition: Partition, name: &str, puller: P) -> bool {
         let stream = self.streams.get(usize::from(partition)).and_then(Option::as_ref);
         let consumer = stream.and_then(|stream| stream.consumer.as_ref());
         consumer.is_some_and(|consumer| {
-            consumer.name == name && consumer.pulls.iter().any(|(by, left)| *by == puller && *left > 0)
+            consumer.name == name && consumer.credit > 0 && consumer.listeners.contains(&puller)
         })
     }
 
@@ -168,27 +190,24 @@ impl<P: Copy + PartialEq> Broker<P> {
         let mut due = Vec::new();
         let Ok(stream) = self.stream(partition) else { return due };
         let Some(consumer) = &mut stream.consumer else { return due };
-        while !consumer.waiting.is_empty() {
-            let Some((puller, left)) = consumer.pulls.front_mut() else { break };
-            let (puller, spent) = (*puller, *left == 0);
-            if spent {
-                consumer.pulls.pop_front();
-                continue;
-            }
-            *left -= 1;
+        if consumer.listeners.is_empty() && !consumer.waiting.is_empty() {
+            // A request that nobody would hear the answer to is dropped.
+            consumer.credit = 0;
+        }
+        while consumer.credit > 0 {
             let Some(sequence) = consumer.waiting.pop_front() else { break };
+            consumer.credit -= 1;
             let Some(message) = stream.messages.get(&sequence) else { continue };
             consumer.delivered += 1;
             consumer.pending.insert(sequence);
             due.push(Delivery {
-                puller,
+                listeners: consumer.listeners.clone(),
                 consumer: consumer.name.clone(),
                 consumer_sequence: consumer.delivered,
                 sequence,
                 message: message.clone(),
             });
         }
-        consumer.pulls.retain(|(_, left)| *left > 0);
         due
     }
 
@@ -240,12 +259,12 @@ impl<P: Copy + PartialEq> Broker<P> {
         })
     }
 
-    /// Removes a consumer, if it is there; returns whoever had pull requests on it.
+    /// Removes a consumer, if it is there; returns whoever hears that its pull requests have ended.
     pub fn delete_consumer(&mut self, partition: Partition, name: &str) -> Vec<P> {
         let Ok(stream) = self.stream(partition) else { return Vec::new() };
         match stream.consumer.take_if(|consumer| consumer.name == name) {
-            Some(consumer) => consumer.pulls.into_iter().map(|(puller, _)| puller).collect(),
-            None => Vec::new(),
+            Some(consumer) if consumer.credit > 0 => consumer.listeners,
+            _ => Vec::new(),
         }
     }
 
@@ -265,7 +284,8 @@ impl<P: Copy + PartialEq> Broker<P> {
                     pending: BTreeSet::new(),
                     waiting: stream.messages.keys().copied().collect(),
                     delivered: 0,
-                    pulls: VecDeque::new(),
+                    listeners: Vec::new(),
+                    credit: 0,
                 });
                 Ok(())
             }

@@ -20,8 +20,8 @@ use thalweg_broker::{
     Bucket, Conflict, PartitionDepth, Queue, QueueError, Queues, Registry, RegistryError, Revision,
     StreamsConfig,
 };
-use thalweg_invoker::{Former, HandedOver, Peers};
-use thalweg_protocol::{Handover, JobKey, Kind, Partition, StoreReply, StoreRequest, frame, subjects};
+use thalweg_invoker::{Peers, Silence};
+use thalweg_protocol::{HandedOver, Handover, JobKey, Kind, Partition, StoreReply, StoreRequest, frame};
 use thalweg_store::{Route, StoreClient, StoreError};
 
 use crate::network::Millis;
@@ -53,8 +53,11 @@ pub(crate) enum Ask {
     Api(Bytes),
     /// Of all gateways; the leading one answers.
     Beat(Bytes),
-    /// Of the invoker whose life it is: to hand a partition over that it holds by this consumer.
-    Handover(u32, Handover),
+    /// Of the invoker that holds a partition by some consumer: to hand it over.
+    Handover(Handover),
+    /// The same among its deliveries, to which whoever asks listens from then on.
+    Listen(Handover),
+    StopListening(Partition, String),
     /// Of nobody: time.
     Sleep(Millis),
 }
@@ -73,10 +76,10 @@ pub(crate) enum Answer {
     Refused(QueueError),
     Frame(Bytes),
     Done,
-    /// Handed over; whether the next consumer is there already.
-    HandedOver(bool),
-    /// Nobody holds that, as far as who was asked knows; or nobody is there.
-    NotHeld,
+    /// Of a former holder.
+    HandedOver(HandedOver),
+    /// Nobody is there.
+    Nobody,
     /// Nobody answered in time.
     Lost,
 }
@@ -268,16 +271,25 @@ impl Queues for Remote {
 
 #[async_trait]
 impl Peers for Remote {
-    async fn ask(&self, handover: Handover) -> Former {
-        let Some(life) = subjects::consumer_life(&handover.consumer) else { return Former::Gone };
-        match Self::ask(self, Ask::Handover(life, handover)).await {
-            Answer::HandedOver(created) => {
-                let (unserved, heard) = (std::time::Duration::ZERO, std::time::Instant::now());
-                Former::HandedOver(HandedOver { unserved, heard, created })
-            }
-            Answer::NotHeld => Former::Gone,
-            _ => Former::Silent,
-        }
+    async fn ask(&self, handover: &Handover) -> Result<HandedOver, Silence> {
+        said(Self::ask(self, Ask::Handover(handover.clone())).await)
+    }
+
+    async fn listen(&self, handover: &Handover) -> Result<HandedOver, Silence> {
+        said(Self::ask(self, Ask::Listen(handover.clone())).await)
+    }
+
+    async fn stop_listening(&self, handover: &Handover) {
+        let Handover { partition, consumer, .. } = handover.clone();
+        let _ = Self::ask(self, Ask::StopListening(partition, consumer)).await;
+    }
+}
+
+fn said(answer: Answer) -> Result<HandedOver, Silence> {
+    match answer {
+        Answer::HandedOver(said) => Ok(said),
+        Answer::Nobody => Err(Silence::Nobody),
+        _ => Err(Silence::Late),
     }
 }
 

@@ -9,8 +9,8 @@ use thalweg_invoker::{
     take_over,
 };
 use thalweg_protocol::{
-    GradientHeader, Handover, Incarnation, InvokerBeat, InvokerState, JobKey, Kind, Ledger, NonFinite,
-    PLACEMENT_KEY, Partition, Placement, ResultHeader, Round, ShardIndex, checksum, frame,
+    GradientHeader, HandedOver, Handover, Incarnation, InvokerBeat, InvokerState, JobKey, Kind, Ledger,
+    NonFinite, PLACEMENT_KEY, Partition, Placement, ResultHeader, Round, ShardIndex, checksum, frame,
 };
 use thalweg_store::ShardStore as _;
 
@@ -35,6 +35,8 @@ pub(crate) struct Host {
     pub(crate) holdings: Holdings,
     /// Who waits for a partition.
     asked: Vec<(Handover, Actor, CallId)>,
+    /// What came for consumers that may be about to be handed over: a subscription that nobody reads yet.
+    early: Vec<Delivered>,
     placement: Placement,
     draining: bool,
     ending: bool,
@@ -53,6 +55,7 @@ impl World {
             core: Core::new(limits),
             holdings: Holdings::new(format!("i{number}"), DRAIN_MS),
             asked: Vec::new(),
+            early: Vec::new(),
             placement: Placement::default(),
             draining: false,
             ending: false,
@@ -99,7 +102,7 @@ impl World {
                     let remote = self.remote(me);
                     self.spawn(me, async move {
                         let (id, at) = (format!("i{number}"), (partition, epoch));
-                        let taker = Taker { invoker: &id, life: number, nonce };
+                        let taker = Taker { invoker: &id, nonce };
                         let taken = take_over(&remote, &remote.registry(), &remote, taker, at, own).await;
                         Done::Took(partition, epoch, taken)
                     });
@@ -114,22 +117,13 @@ impl World {
                         Done::Echoed(partition, consumer, delivery)
                     });
                 }
+                Step::Answer { partition, answer } => self.tell_waiting(number, partition, answer),
                 Step::Release { partition, consumer, .. } => {
                     let remote = self.remote(me);
-                    let Some(host) = self.invokers.get_mut(&number) else { return };
-                    let of_it =
-                        |(handover, ..): &mut (Handover, Actor, CallId)| handover.consumer == consumer;
-                    let mut waiting: Vec<_> = host.asked.extract_if(.., of_it).collect();
-                    waiting.sort_by_key(|(handover, ..)| handover.epoch);
-                    let newest = waiting.pop();
-                    for (_, to, id) in waiting {
-                        self.send(me, to, Body::Answer(id, Answer::HandedOver(false)));
-                    }
+                    self.tell_waiting(number, partition, HandedOver::Left(0));
                     self.spawn(me, async move {
-                        let _ = remote.ask(Ask::DeleteConsumer(partition, consumer.clone())).await;
-                        let Some((handover, to, id)) = newest else { return Done::Released(consumer, None) };
-                        let created = remote.ask(Ask::CreateConsumer(partition, handover.next)).await;
-                        Done::Released(consumer, Some((to, id, matches!(created, Answer::Done))))
+                        let _ = remote.ask(Ask::DeleteConsumer(partition, consumer)).await;
+                        Done::Nothing
                     });
                 }
                 Step::ReadPlacement => {
@@ -341,11 +335,26 @@ impl World {
             Body::Handover { from, id, handover } => {
                 let now = self.now;
                 let Some(host) = self.invokers.get_mut(&number) else { return };
-                host.holdings.asked(handover.partition, &handover.consumer, handover.epoch, now);
-                host.asked.push((handover, from, id));
-                if let Some(at) = host.holdings.settle_at() {
-                    self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
+                let answer = host.holdings.asked(&handover, now);
+                match answer {
+                    Some(answer) => {
+                        self.send(Actor::Invoker(number), from, Body::Answer(id, Answer::HandedOver(answer)));
+                    }
+                    None => host.asked.push((handover, from, id)),
                 }
+                self.wake_to_settle(number);
+            }
+            Body::Heard { from, id, handover } => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                let core = &host.core;
+                let (answer, steps) = host.holdings.heard(&handover, |partition| core.rest(partition));
+                let me = Actor::Invoker(number);
+                self.send(me, from, Body::Answer(id, Answer::HandedOver(answer)));
+                if matches!(answer, HandedOver::Kept(_)) {
+                    let Handover { partition, consumer, .. } = handover;
+                    self.send(me, Actor::Broker, Body::StopListening { partition, consumer });
+                }
+                self.step(number, steps);
             }
             Body::Hint(key) => {
                 let mut tokens = key.split('.');
@@ -370,6 +379,9 @@ impl World {
     fn delivered(&mut self, number: u32, message: Delivered) {
         let now = self.now;
         let Some(host) = self.invokers.get_mut(&number) else { return };
+        if !host.holdings.holds(message.partition, &message.consumer) {
+            return host.early.push(message);
+        }
         let Delivered { partition, consumer, consumer_sequence, sequence, published, subject, frame } =
             message;
         let reply = Some("reply".into());
@@ -434,13 +446,6 @@ impl World {
         let now = self.now;
         match done {
             Done::Core(event) => self.tell(number, event),
-            Done::Released(consumer, taker) => {
-                let Some(host) = self.invokers.get_mut(&number) else { return };
-                host.holdings.released(&consumer);
-                if let Some((to, id, created)) = taker {
-                    self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::HandedOver(created)));
-                }
-            }
             Done::Echoed(partition, consumer, delivery) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 host.holdings.echoed(partition, &consumer, delivery);
@@ -448,15 +453,20 @@ impl World {
             Done::Took(partition, epoch, taken) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 let steps = host.holdings.took(partition, epoch, taken, now);
+                let early: Vec<_> = host.early.extract_if(.., |early| early.partition == partition).collect();
                 self.step(number, steps);
+                for message in early {
+                    self.delivered(number, message);
+                }
+                if let Some(host) = self.invokers.get_mut(&number) {
+                    host.early.retain(|early| early.partition != partition);
+                }
             }
             Done::Placement(Some(placement)) => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 let steps = host.holdings.follow(&placement, now);
                 host.placement = placement;
-                if let Some(at) = host.holdings.settle_at() {
-                    self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
-                }
+                self.wake_to_settle(number);
                 self.step(number, steps);
             }
             Done::Republish(key, shard, Some(state)) => {
@@ -505,7 +515,29 @@ impl World {
             !holdings.holds(handover.partition, &handover.consumer)
         };
         for (_, to, id) in host.asked.extract_if(.., idle).collect::<Vec<_>>() {
-            self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::NotHeld));
+            let answer = Answer::HandedOver(HandedOver::NotHeld);
+            self.send(Actor::Invoker(number), to, Body::Answer(id, answer));
+        }
+    }
+
+    /// Tells those that wait for a partition.
+    fn tell_waiting(&mut self, number: u32, partition: Partition, answer: HandedOver) {
+        let Some(host) = self.invokers.get_mut(&number) else { return };
+        let of_it = |(handover, ..): &mut (Handover, Actor, CallId)| handover.partition == partition;
+        let mut waiting: Vec<_> = host.asked.extract_if(.., of_it).collect();
+        waiting.sort_by_key(|(handover, ..)| handover.epoch);
+        let newest = waiting.pop().map(|waiting| (waiting, answer));
+        let older = waiting.into_iter().map(|waiting| (waiting, HandedOver::NotYet));
+        for ((_, to, id), answer) in older.chain(newest) {
+            self.send(Actor::Invoker(number), to, Body::Answer(id, Answer::HandedOver(answer)));
+        }
+    }
+
+    fn wake_to_settle(&mut self, number: u32) {
+        let now = self.now;
+        let Some(host) = self.invokers.get(&number) else { return };
+        if let Some(at) = host.holdings.settle_at() {
+            self.timer(at.saturating_sub(now), Actor::Invoker(number), Timer::Core);
         }
     }
 

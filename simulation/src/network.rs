@@ -44,6 +44,17 @@ pub(crate) enum Body {
         id: CallId,
         handover: Handover,
     },
+    /// To an invoker, among its deliveries: whoever asks for this hears them too; answer.
+    Heard {
+        from: Actor,
+        id: CallId,
+        handover: Handover,
+    },
+    /// To the broker: no more listens to what is delivered.
+    StopListening {
+        partition: Partition,
+        consumer: String,
+    },
     /// Somebody wrote this key.
     Hint(String),
     Beat(InvokerBeat),
@@ -66,8 +77,8 @@ pub(crate) enum Body {
     Reject(JobKey, Rank, Bytes),
 }
 
-/// A message of a work queue on its way to whoever pulled.
-#[derive(Debug)]
+/// A message of a work queue on its way to whoever listens.
+#[derive(Clone, Debug)]
 pub(crate) struct Delivered {
     pub(crate) partition: Partition,
     pub(crate) consumer: String,
@@ -85,7 +96,12 @@ impl Body {
             Self::Answer(..) | Self::Ask(..) | Self::Request { .. } | Self::Handover { .. } => 0,
             Self::Hint(_) => 1,
             Self::Beat(_) => 2,
-            Self::Deliver(_) | Self::Pull { .. } | Self::ConsumerGone { .. } | Self::Acknowledge { .. } => 3,
+            Self::Deliver(_)
+            | Self::Heard { .. }
+            | Self::StopListening { .. }
+            | Self::Pull { .. }
+            | Self::ConsumerGone { .. }
+            | Self::Acknowledge { .. } => 3,
             Self::Result(..) => 4,
             Self::Reject(..) => 5,
         }

@@ -30,6 +30,10 @@ impl World {
                     self.send(Actor::Broker, from, Body::ConsumerGone { partition, consumer });
                 }
             }
+            Body::StopListening { partition, consumer } => {
+                let me = (from, self.epoch(from));
+                self.broker.stop_listening(partition, &consumer, me);
+            }
             Body::Acknowledge { partition, mut consumer, sequence } => {
                 if self.mutated(Mutation::ConsumerNameReused)
                     && let Ok(queue) = self.broker.look(partition)
@@ -168,13 +172,30 @@ impl World {
                 }
                 return;
             }
-            Ask::Handover(life, handover) => {
-                let holder = Actor::Invoker(life);
-                if self.is_connected(holder) {
+            Ask::Handover(handover) => {
+                let holds = |number: &u32| {
+                    let holdings = &self.invokers[number].holdings;
+                    holdings.holds(handover.partition, &handover.consumer)
+                        && self.is_connected(Actor::Invoker(*number))
+                };
+                if let Some(holder) = self.invokers.keys().copied().find(holds) {
                     let body = Body::Handover { from, id, handover };
-                    return self.send(Actor::Broker, holder, body);
+                    return self.send(Actor::Broker, Actor::Invoker(holder), body);
                 }
-                Answer::NotHeld
+                Answer::Nobody
+            }
+            Ask::Listen(handover) => {
+                let me = (from, self.epoch(from));
+                for (other, _) in self.broker.listen(handover.partition, &handover.consumer, me) {
+                    let body = Body::Heard { from, id, handover: handover.clone() };
+                    self.send(Actor::Broker, other, body);
+                }
+                return;
+            }
+            Ask::StopListening(partition, consumer) => {
+                let me = (from, self.epoch(from));
+                self.broker.stop_listening(partition, &consumer, me);
+                Answer::Done
             }
             Ask::Store(_) | Ask::Sleep(_) => unreachable!("not for the broker"),
         };
@@ -215,7 +236,9 @@ impl World {
                 subject: delivery.message.subject,
                 frame: delivery.message.frame,
             };
-            self.send(Actor::Broker, delivery.puller.0, Body::Deliver(Box::new(message)));
+            for (listener, _) in delivery.listeners {
+                self.send(Actor::Broker, listener, Body::Deliver(Box::new(message.clone())));
+            }
         }
     }
 

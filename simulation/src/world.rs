@@ -90,8 +90,6 @@ pub(crate) enum Done {
     Core(CoreEvent),
     Took(Partition, Epoch, Result<Takeover, TakeoverError>),
     Echoed(Partition, String, u64),
-    /// This consumer was replaced; whom to tell, and whether theirs was created.
-    Released(String, Option<(Actor, CallId, bool)>),
     Placement(Option<Placement>),
     Republish(JobKey, ShardKey, Option<ShardState>),
     DeadLetter(Partition, u64, bool),

@@ -47,6 +47,10 @@ trait Subject {
     async fn read(&mut self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError>;
     async fn depths(&mut self) -> Result<Vec<PartitionDepth>, QueueError>;
     async fn pull(&mut self, partition: Partition, name: &str, batch: u64);
+    /// Somebody else begins to listen to what is delivered to a consumer; from now on what comes to them counts.
+    async fn listen(&mut self, partition: Partition, name: &str);
+    /// Whoever listened first stops.
+    async fn stop_listening(&mut self, partition: Partition, name: &str);
     /// What came next; `None` when nothing comes.
     async fn arrived(&mut self) -> Option<Arrived>;
     /// Acknowledges what this consumer once delivered. Nobody answers.
@@ -62,7 +66,10 @@ trait Subject {
 }
 
 struct Model {
-    broker: Broker<()>,
+    broker: Broker<usize>,
+    /// All that ever listened have lower numbers, or this one; the first so many have stopped.
+    newest: usize,
+    stopped: usize,
     inbox: VecDeque<Arrived>,
     now: u64,
 }
@@ -70,6 +77,9 @@ struct Model {
 impl Model {
     fn deliver(&mut self, partition: Partition) {
         for delivery in self.broker.deliveries(partition) {
+            if !delivery.listeners.contains(&self.newest) {
+                continue;
+            }
             self.inbox.push_back(Arrived::Message {
                 consumer: delivery.consumer,
                 consumer_sequence: delivery.consumer_sequence,
@@ -104,7 +114,7 @@ impl Subject for Model {
 
     async fn delete(&mut self, partition: Partition, name: &str) {
         let pullers = self.broker.delete_consumer(partition, name);
-        self.inbox.extend(pullers.into_iter().map(|()| Arrived::Gone));
+        self.inbox.extend(pullers.into_iter().map(|_| Arrived::Gone));
     }
 
     async fn read(&mut self, partition: Partition, sequence: u64) -> Result<Option<Bytes>, QueueError> {
@@ -116,11 +126,21 @@ impl Subject for Model {
     }
 
     async fn pull(&mut self, partition: Partition, name: &str, batch: u64) {
-        if self.broker.pull(partition, name, (), batch) {
+        if self.broker.pull(partition, name, self.newest, batch) {
             self.deliver(partition);
         } else {
             self.inbox.push_back(Arrived::Gone);
         }
+    }
+
+    async fn listen(&mut self, partition: Partition, name: &str) {
+        self.newest += 1;
+        self.broker.listen(partition, name, self.newest);
+    }
+
+    async fn stop_listening(&mut self, partition: Partition, name: &str) {
+        self.broker.stop_listening(partition, name, self.stopped);
+        self.stopped += 1;
     }
 
     async fn arrived(&mut self) -> Option<Arrived> {
@@ -165,7 +185,7 @@ struct Real {
     bucket: async_nats::jetstream::kv::Store,
     config: StreamsConfig,
     inbox: String,
-    messages: async_nats::Subscriber,
+    messages: VecDeque<async_nats::Subscriber>,
     replies: HashMap<(Partition, String, u64), async_nats::Subject>,
 }
 
@@ -190,6 +210,7 @@ impl Real {
         let bucket = connection.jetstream.create_key_value(config).await.expect("a bucket");
         let inbox = connection.client.new_inbox();
         let messages = connection.client.subscribe(format!("{inbox}.*")).await.expect("subscribed");
+        let messages = VecDeque::from([messages]);
         let storage = if files { StreamStorage::File } else { StreamStorage::Memory };
         let config = StreamsConfig { partitions: PARTITIONS, storage, ..StreamsConfig::default() };
         let replies = HashMap::new();
@@ -252,8 +273,21 @@ impl Subject for Real {
         client.flush().await.expect("sent");
     }
 
+    async fn listen(&mut self, _: Partition, _: &str) {
+        let messages = self.connection.client.subscribe(format!("{}.*", self.inbox)).await;
+        self.messages.push_back(messages.expect("subscribed"));
+        self.connection.client.flush().await.expect("sent");
+    }
+
+    async fn stop_listening(&mut self, _: Partition, _: &str) {
+        let mut first = self.messages.pop_front().expect("somebody listens");
+        first.unsubscribe().await.expect("sent");
+        self.connection.client.flush().await.expect("sent");
+    }
+
     async fn arrived(&mut self) -> Option<Arrived> {
-        let message = tokio::time::timeout(NOTHING, self.messages.next()).await.ok()??;
+        let messages = self.messages.back_mut()?;
+        let message = tokio::time::timeout(NOTHING, messages.next()).await.ok()??;
         if message.status.is_some() {
             return Some(Arrived::Gone);
         }
@@ -367,6 +401,34 @@ async fn a_consumer_gets_everything_in_order_and_by_credit(subject: &mut dyn Sub
     let queue = subject.look(0).await.expect("the queue");
     assert_eq!((queue.messages, queue.last_sequence), (4, 4));
     assert_eq!(queue.consumers, [("e1-x".to_owned(), 4)]);
+}
+
+/// Which is how a partition is handed over with its consumer (rule P19).
+async fn a_pull_request_is_anybodys_who_listens(subject: &mut dyn Subject) {
+    subject.ensure().await;
+    subject.create(0, "e1-x").await.expect("created");
+    subject.pull(0, "e1-x", 4).await;
+    subject.publish(0, "a").await.expect("stored");
+    assert_eq!(message(subject).await, ("e1-x".to_owned(), 1, 1, "a".into()));
+    subject.listen(0, "e1-x").await;
+    subject.publish(0, "b").await.expect("stored");
+    assert_eq!(message(subject).await, ("e1-x".to_owned(), 2, 2, "b".into()), "to both");
+    subject.stop_listening(0, "e1-x").await;
+    subject.publish(0, "c").await.expect("stored");
+    assert_eq!(message(subject).await, ("e1-x".to_owned(), 3, 3, "c".into()));
+    // Also what was delivered to the former one before.
+    for sequence in [2, 3] {
+        subject.acknowledge(0, "e1-x", sequence).await;
+    }
+    settles(subject, 0, 1).await;
+    // A request that nobody would hear the answer to is dropped, and what it asked for stays in the queue.
+    subject.stop_listening(0, "e1-x").await;
+    subject.publish(0, "d").await.expect("stored");
+    settles(subject, 0, 2).await;
+    subject.listen(0, "e1-x").await;
+    assert_eq!(subject.arrived().await, None);
+    subject.pull(0, "e1-x", 1).await;
+    assert_eq!(message(subject).await, ("e1-x".to_owned(), 4, 4, "d".into()));
 }
 
 async fn a_queue_has_one_consumer(subject: &mut dyn Subject) {
@@ -568,6 +630,7 @@ macro_rules! behaves {
             without_a_stream_nothing_is_stored(&mut $start(files).await).await;
             a_consumer_gets_everything_in_order_and_by_credit(&mut $start(files).await).await;
             a_queue_has_one_consumer(&mut $start(files).await).await;
+            a_pull_request_is_anybodys_who_listens(&mut $start(files).await).await;
             a_replacement_gets_all_that_is_not_acknowledged(&mut $start(files).await).await;
             what_is_delivered_again_counts_as_another_delivery(&mut $start(files).await).await;
             messages_are_read_by_sequence_until_they_are_acknowledged(&mut $start(files).await).await;
@@ -583,8 +646,13 @@ macro_rules! behaves {
 
 #[tokio::test]
 async fn the_model_behaves() {
-    let start =
-        async |files| Model { broker: Broker::new(PARTITIONS, files), inbox: VecDeque::new(), now: 1 };
+    let start = async |files| Model {
+        broker: Broker::new(PARTITIONS, files),
+        newest: 0,
+        stopped: 0,
+        inbox: VecDeque::new(),
+        now: 1,
+    };
     behaves!(start);
 }
 

@@ -1,62 +1,97 @@
 //! Handing partitions from one invoker to the next in order (rule P19).
 
-use std::time::{Duration, Instant};
-
-use async_nats::{Client, Message, StatusCode, Subject};
-use async_trait::async_trait;
-use futures::StreamExt as _;
-use thalweg_broker::{is_created, replace_consumer};
-use thalweg_protocol::{Epoch, HandedOver, Handover, Kind, Partition, frame, subjects};
-
-use super::Shell;
-use crate::{
-    metrics,
-    partition::{self, Former, Peers, Takeover, TakeoverError},
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
-/// Longest wait for a former holder. It serves on for half of that and then ends what is under way; one that needs
-/// longer may be frozen, and loses the partition as if it were dead.
+use async_nats::{Client, Message, StatusCode, Subject, Subscriber};
+use async_trait::async_trait;
+use futures::{FutureExt as _, StreamExt as _};
+use thalweg_broker::{delivered, remove_consumer};
+use thalweg_protocol::{Epoch, HandedOver, Handover, Kind, Partition, frame, subjects};
+use tokio::time::timeout;
+
+use super::{Done, Shell};
+use crate::{
+    metrics,
+    partition::{Peers, Silence, Takeover, TakeoverError},
+};
+
+/// Longest wait for a word of a former holder. One that needs longer may be frozen, and loses the partition as if it were
+/// dead.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Pause before it is asked again when it does not hold the partition any more, and the next one may not listen yet.
+const PAUSE: Duration = Duration::from_millis(10);
+/// When the broker is asked how much it has delivered to a consumer that was handed over.
+const LOOK_AFTER: Duration = Duration::from_millis(500);
 
 /// Other invokers, through NATS.
-pub(super) struct Neighbours<'a>(pub(super) &'a Client);
+pub(super) struct Neighbours {
+    control: Client,
+    /// For contributions: what is delivered is heard there.
+    data: Client,
+    listening: Mutex<Option<Subscriber>>,
+    /// Where answers come, one for each question. The first question goes by the connection that it is subscribed by, so
+    /// the broker knows of it before any answer; the others may overtake a subscription.
+    answers: tokio::sync::Mutex<Option<(Subject, Subscriber)>>,
+}
 
 #[async_trait]
-impl Peers for Neighbours<'_> {
-    async fn ask(&self, handover: Handover) -> Former {
-        let Some(life) = subjects::consumer_life(&handover.consumer) else { return Former::Gone };
-        match self.answers(life, &handover).await {
-            Ok(former) => former,
-            Err(error) => {
-                let Handover { partition, consumer, .. } = handover;
-                tracing::info!(partition, consumer, error, "a former holder does not hand over");
-                Former::Silent
-            }
+impl Peers for Neighbours {
+    async fn ask(&self, handover: &Handover) -> Result<HandedOver, Silence> {
+        let answer = self.answer(&self.control, subjects::handover(&handover.consumer), handover).await;
+        if answer == Ok(HandedOver::NotHeld) {
+            tokio::time::sleep(PAUSE).await;
         }
+        answer
+    }
+
+    async fn listen(&self, handover: &Handover) -> Result<HandedOver, Silence> {
+        let subject = subjects::deliveries(&handover.consumer);
+        let deliveries = self.data.subscribe(subject.clone()).await.map_err(|_| Silence::Late)?;
+        *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(deliveries);
+        // By the same connection: the broker knows of the subscription first.
+        self.answer(&self.data, subject, handover).await
+    }
+
+    async fn stop_listening(&self, _: &Handover) {
+        self.listening();
     }
 }
 
-impl Neighbours<'_> {
-    /// What the former holder answers, and what the broker does to its request for our consumer.
-    async fn answers(&self, life: u32, handover: &Handover) -> Result<Former, String> {
-        let until = tokio::time::Instant::now() + PATIENCE;
-        let inbox = self.0.new_inbox();
-        let mut answers = self.0.subscribe(inbox.clone()).await.map_err(|error| error.to_string())?;
-        let frame = frame::seal(Kind::Handover, handover, &[]);
-        let asked = self.0.publish_with_reply(subjects::handover(life), inbox, frame).await;
-        asked.map_err(|error| error.to_string())?;
-        let mut next = async || tokio::time::timeout_at(until, answers.next()).await.ok().flatten();
-        let answer = next().await.ok_or("no answer in time")?;
-        if answer.status == Some(StatusCode::NO_RESPONDERS) {
-            return Ok(Former::Gone);
+impl Neighbours {
+    pub(super) fn new(control: Client, data: Client) -> Self {
+        Self { control, data, listening: Mutex::default(), answers: tokio::sync::Mutex::default() }
+    }
+
+    /// The deliveries that are listened to.
+    pub(super) fn listening(&self) -> Option<Subscriber> {
+        self.listening.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What the holder answers, on the connection for takeovers, to what is said by that connection.
+    async fn answer(&self, by: &Client, to: String, handover: &Handover) -> Result<HandedOver, Silence> {
+        let mut opened = self.answers.lock().await;
+        if opened.is_none() {
+            let inbox = Subject::from(self.control.new_inbox());
+            let answers = self.control.subscribe(inbox.clone()).await.map_err(|_| Silence::Late)?;
+            *opened = Some((inbox, answers));
         }
-        let opened = frame::open::<HandedOver>(Kind::HandedOver, &answer.payload);
-        let Some(unserved) = opened.map_err(|error| error.to_string())?.0.unserved_us else {
-            return Ok(Former::Gone);
-        };
-        let (unserved, heard) = (Duration::from_micros(unserved), Instant::now());
-        let created = next().await.is_some_and(|answer| is_created(&answer.payload));
-        Ok(Former::HandedOver(partition::HandedOver { unserved, heard, created }))
+        let (inbox, answers) = opened.as_mut().ok_or(Silence::Late)?;
+        let frame = frame::seal(Kind::Handover, handover, &[]);
+        by.publish_with_reply(to, inbox.clone(), frame).await.map_err(|_| Silence::Late)?;
+        let answer = timeout(PATIENCE, answers.next()).await.ok().flatten().ok_or(Silence::Late)?;
+        if answer.status == Some(StatusCode::NO_RESPONDERS) {
+            return Err(Silence::Nobody);
+        }
+        match frame::open::<HandedOver>(Kind::HandedOver, &answer.payload) {
+            Ok((answer, _)) => Ok(answer),
+            Err(error) => {
+                tracing::warn!(%error, "a former holder's answer is not understood");
+                Err(Silence::Late)
+            }
+        }
     }
 }
 
@@ -72,7 +107,7 @@ impl Handovers {
         Self { life: rand::random(), waiting: Vec::new() }
     }
 
-    /// Under which we are asked.
+    /// Under which we hear ourselves.
     pub(super) fn life(&self) -> u32 {
         self.life
     }
@@ -82,65 +117,134 @@ impl Shell {
     /// Sends ourselves a message behind the acknowledgements on the connection for contributions; it is received on the other
     /// one. A flush would be answered behind all contributions that are on their way.
     pub(super) async fn echo(&self, partition: Partition, consumer: String, delivery: u64) {
-        self.echo_on(&self.connection.client, partition, consumer, delivery).await;
-    }
-
-    async fn echo_on(&self, client: &Client, partition: Partition, consumer: String, delivery: u64) {
-        let query = Handover { partition, consumer, epoch: delivery, next: String::new() };
-        let frame = frame::seal(Kind::Handover, &query, &[]);
+        let echo = Handover { partition, consumer, epoch: delivery };
+        let frame = frame::seal(Kind::Handover, &echo, &[]);
         // One that is lost with the connection is not waited for.
-        let _ = client.publish(subjects::handover(self.handovers.life), frame).await;
+        let _ = self.connection.client.publish(subjects::echo(self.handovers.life), frame).await;
     }
 
-    /// Replaces a consumer of ours, whose partition has not been served for so long, by that of whoever waits for it by the
-    /// newest placement.
-    pub(super) async fn release(&mut self, partition: Partition, consumer: String, unserved: Duration) {
-        let unserved = u64::try_from(unserved.as_micros()).unwrap_or(u64::MAX);
-        let of_it = |(handover, _): &mut (Handover, Subject)| handover.consumer == consumer;
-        let waiting: Vec<_> = self.handovers.waiting.extract_if(.., of_it).collect();
-        for (_, reply) in &waiting {
-            self.hand_over(reply.clone(), Some(unserved)).await;
+    /// What we have said to ourselves.
+    pub(super) fn echoed(&mut self, message: &Message) {
+        if let Ok((echo, _)) = frame::open::<Handover>(Kind::Handover, &message.payload) {
+            self.holdings.echoed(echo.partition, &echo.consumer, echo.epoch);
         }
-        let newest = waiting.into_iter().max_by_key(|(handover, _)| handover.epoch);
-        let next = newest.as_ref().filter(|(handover, _)| !handover.next.is_empty());
-        let next = next.map(|(handover, reply)| (handover.next.as_str(), reply.clone()));
-        let client = &self.control.connection.client;
-        replace_consumer(client, partition, &consumer, next).await;
-        self.echo_on(client, partition, consumer, u64::MAX).await;
     }
 
-    /// Somebody takes one of our partitions over; or it is an echo, which wants no answer.
-    pub(super) fn asked_for(&mut self, message: Message) {
+    /// Removes a consumer of ours, whose partition has not been served for so long, and tells whoever waits for it.
+    pub(super) async fn release(&mut self, partition: Partition, consumer: String, unserved: Duration) {
+        remove_consumer(&self.control.connection.client, partition, &consumer).await;
+        let unserved = u64::try_from(unserved.as_micros()).unwrap_or(u64::MAX);
+        self.tell(partition, HandedOver::Left(unserved)).await;
+    }
+
+    /// Tells whoever waits for a partition of ours.
+    pub(super) async fn tell(&mut self, partition: Partition, answer: HandedOver) {
+        let of_it = |(handover, _): &mut (Handover, Subject)| handover.partition == partition;
+        let mut waiting: Vec<_> = self.handovers.waiting.extract_if(.., of_it).collect();
+        // The one by the newest placement; it is what all others will hear of.
+        waiting.sort_by_key(|(handover, _)| handover.epoch);
+        let newest = waiting.pop();
+        for (_, reply) in waiting {
+            self.hand_over(reply, HandedOver::NotYet).await;
+        }
+        if let Some((_, reply)) = newest {
+            self.hand_over(reply, answer).await;
+        }
+    }
+
+    /// Somebody takes one of our partitions over.
+    pub(super) async fn asked_for(&mut self, message: Message) {
+        let Some(reply) = message.reply else { return };
         match frame::open::<Handover>(Kind::Handover, &message.payload) {
-            Ok((handover, _)) => {
-                let Handover { partition, consumer, epoch, .. } = &handover;
-                let Some(reply) = message.reply else {
-                    self.holdings.echoed(*partition, consumer, *epoch);
-                    return self.holdings.released(consumer);
-                };
-                let elapsed = self.elapsed();
-                self.holdings.asked(*partition, consumer, *epoch, elapsed);
-                self.handovers.waiting.push((handover, reply));
-            }
+            Ok((handover, _)) => match self.holdings.asked(&handover, self.elapsed()) {
+                Some(answer) => self.hand_over(reply, answer).await,
+                None => self.handovers.waiting.push((handover, reply)),
+            },
             // It waits as long as for anybody who does not answer.
             Err(error) => tracing::warn!(%error, "a request for a handover is not understood"),
         }
     }
 
-    /// Answers those who wait for what is not ours, or no more.
+    /// Whoever takes a partition over hears what is delivered from here on; or it is what we have said when we took it over.
+    pub(super) async fn heard(&mut self, message: Message) {
+        let Some(reply) = message.reply else { return };
+        let Ok((handover, _)) = frame::open::<Handover>(Kind::Handover, &message.payload) else { return };
+        if self.holdings.get(handover.partition).is_some_and(|held| held.epoch == handover.epoch) {
+            return;
+        }
+        let core = &self.core;
+        let (answer, steps) = self.holdings.heard(&handover, |partition| core.rest(partition));
+        // Nobody serves the partition until this is heard.
+        self.hand_over(reply, answer).await;
+        self.step(steps).await;
+    }
+
+    /// Answers those who wait for what is not ours any more, and listens no more to what is not.
     pub(super) async fn answer_handovers(&mut self) {
         let holdings = &self.holdings;
-        let idle =
-            |(handover, _): &mut (Handover, Subject)| !holdings.holds(handover.partition, &handover.consumer);
-        for (_, reply) in self.handovers.waiting.extract_if(.., idle).collect::<Vec<_>>() {
-            self.hand_over(reply, None).await;
+        let holds = |handover: &Handover| holdings.holds(handover.partition, &handover.consumer);
+        let idle = |(handover, _): &mut (Handover, Subject)| !holds(handover);
+        let mut idle: Vec<_> = self.handovers.waiting.extract_if(.., idle).map(|(_, reply)| reply).collect();
+        // What is held is listened to.
+        let left = (self.deliveries.len() > holdings.count_held()).then(|| {
+            let keys = self.deliveries.keys();
+            let left: Vec<_> =
+                keys.filter(|(at, consumer)| !holdings.holds(*at, consumer)).cloned().collect();
+            left
+        });
+        for key in left.unwrap_or_default() {
+            self.deliveries.remove(&key);
+            self.not_yet.remove(&key);
+            let Some(mut questions) = self.questions.remove(&key) else { continue };
+            while let Some(Some(question)) = questions.next().now_or_never() {
+                idle.extend(question.reply);
+            }
+        }
+        for reply in idle {
+            self.hand_over(reply, HandedOver::NotHeld).await;
         }
     }
 
-    async fn hand_over(&self, reply: Subject, unserved_us: Option<u64>) {
-        let frame = frame::seal(Kind::HandedOver, &HandedOver { unserved_us }, &[]);
+    async fn hand_over(&self, reply: Subject, answer: HandedOver) {
+        let frame = frame::seal(Kind::HandedOver, &answer, &[]);
         // Whoever does not hear it waits no longer than for a dead one.
         let _ = self.control.connection.client.publish(reply, frame).await;
+    }
+
+    /// Listens to what is delivered to a consumer of ours, and to whoever takes its partition over. `listening`: what is
+    /// delivered is listened to already.
+    pub(super) async fn listen(
+        &mut self,
+        partition: Partition,
+        consumer: &str,
+        listening: Option<Subscriber>,
+    ) -> Result<(), async_nats::SubscribeError> {
+        let key = (partition, consumer.to_owned());
+        let control = &self.control.connection.client;
+        let questions = control.subscribe(subjects::handover(consumer)).await?;
+        let deliveries = match listening {
+            Some(listening) => listening,
+            None => self.connection.client.subscribe(subjects::deliveries(consumer)).await?,
+        };
+        self.questions.insert(key.clone(), questions);
+        self.deliveries.insert(key, deliveries);
+        Ok(())
+    }
+
+    /// Asks the broker in a while how much it has delivered to a consumer that was handed over: a delivery to both holders
+    /// may have been to the former one only, if the broker was just about to make it when the next one began to listen.
+    pub(super) fn look_after(&self, partition: Partition, consumer: String) {
+        let queues = self.control.connection.jetstream.clone();
+        self.work.push(Box::pin(async move {
+            tokio::time::sleep(LOOK_AFTER).await;
+            match delivered(&queues, partition, &consumer).await {
+                Ok(deliveries) => Done::Delivered(partition, consumer, deliveries),
+                Err(error) => {
+                    tracing::debug!(partition, %error, "what was delivered is not known");
+                    Done::Nothing
+                }
+            }
+        }));
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{panic::resume_unwind, time::Duration};
 
 use bytes::Bytes;
-use thalweg_protocol::{Partition, Placement, placement_key};
+use thalweg_protocol::{Partition, Placement, placement_key, subjects};
 
 use super::{Done, Shell, handover::Neighbours, now};
 use crate::{
@@ -21,15 +21,18 @@ impl Shell {
             match step {
                 Step::Take { partition, epoch, own } => {
                     let (connection, registry) = (self.control.connection.clone(), self.registry.clone());
-                    let (id, life) = (self.id.clone(), self.handovers.life());
+                    let (id, data) = (self.id.clone(), self.connection.client.clone());
                     let taking = self.control.spawn(async move {
-                        let taker = Taker { invoker: &id, life, nonce: rand::random() };
-                        let (queues, peers) = (&connection.jetstream, Neighbours(&connection.client));
-                        take_over(queues, &registry, &peers, taker, (partition, epoch), own).await
+                        let taker = Taker { invoker: &id, nonce: rand::random() };
+                        let (queues, peers) =
+                            (&connection.jetstream, Neighbours::new(connection.client.clone(), data));
+                        let at = (partition, epoch);
+                        let result = take_over(queues, &registry, &peers, taker, at, own).await;
+                        (result, peers.listening())
                     });
                     self.work.push(Box::pin(async move {
-                        let result = taking.await.unwrap_or_else(|error| resume_unwind(error.into_panic()));
-                        Done::Took(partition, epoch, result)
+                        let taken = taking.await.unwrap_or_else(|error| resume_unwind(error.into_panic()));
+                        Done::Took(partition, epoch, taken.0, taken.1)
                     }));
                 }
                 Step::Tell(event) => {
@@ -40,6 +43,7 @@ impl Shell {
                 Step::Echo { partition, consumer, delivery } => {
                     self.echo(partition, consumer, delivery).await;
                 }
+                Step::Answer { partition, answer } => self.tell(partition, answer).await,
                 Step::Release { partition, consumer, unserved } => {
                     self.release(partition, consumer, Duration::from_millis(unserved)).await;
                 }
@@ -52,6 +56,11 @@ impl Shell {
 
     /// Goes on pulling where that was held back.
     pub(super) async fn pull_again(&mut self) {
+        // While rounds were under way nothing was asked for, and the others may have begun.
+        let leaving: Vec<_> = self.holdings.leaving().collect();
+        for partition in leaving {
+            self.pull(partition).await;
+        }
         if self.starved && !self.is_starved() {
             self.starved = false;
             let held: Vec<_> = self.holdings.partitions().collect();
@@ -84,7 +93,7 @@ impl Shell {
         };
         let Some(held) = self.holdings.pulled(partition) else { return };
         if let Some((subject, body)) = held.pull(partition, batch) {
-            let reply = format!("{}.{partition}", self.inbox);
+            let reply = subjects::deliveries(&held.consumer);
             // A request that does not arrive is noticed by its silence.
             let _ = self.connection.client.publish_with_reply(subject, reply, Bytes::from(body)).await;
         }

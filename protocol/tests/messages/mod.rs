@@ -13,11 +13,11 @@ use thalweg_protocol::{
     AgentBeat, AgentReply, AgentRequest, ApiReply, ApiRequest, Claim, Commit, CommitOutcome, Decay, Dtype,
     Durability, ErrorCode, FoldOrder, FrameError, FunctionSpec, GradientHeader, HandedOver, Handover, Head,
     Incarnation, Init, InvokerBeat, InvokerState, JobCommand, JobKey, JobLoad, JobRecord, JobSpec, JobState,
-    JobSummary, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge, OnLoss, OpenRound,
-    Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy, Progress, RankSet,
-    Reject, ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange, SettingsRevision, Span, Stage,
-    StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest, Streams, Suspect, TensorSpec,
-    TraceQuery, TraceReply, WireError, WorkerRef, frame,
+    JobSummary, KeptConsumer, Kind, Layout, Lease, Ledger, Life, Member, Mode, Name, NonFinite, Nudge,
+    OnLoss, OpenRound, Origin, ParameterGroup, Partial, PartialCommit, PlacedPartition, Placement, Policy,
+    Progress, RankSet, Reject, ResultHeader, Roster, Schedule, Setting, Settings, SettingsChange,
+    SettingsRevision, Span, Stage, StateId, StoreId, StoreJob, StoreRecord, StoreReply, StoreRequest,
+    Streams, Suspect, TensorSpec, TraceQuery, TraceReply, WireError, WorkerRef, frame,
 };
 
 const U16: num::u16::Any = num::u16::ANY;
@@ -84,9 +84,9 @@ messages! {
     Lease: Record, (incarnation(), U64).prop_map(|(holder, renewals)| Lease { holder, renewals });
     Suspect: Record, suspect();
     InvokerBeat: Beat, invoker_beat();
-    Handover: Handover, (U16, text(), U64, text())
-        .prop_map(|(partition, consumer, epoch, next)| Handover { partition, consumer, epoch, next });
-    HandedOver: HandedOver, option::of(U64).prop_map(|unserved_us| HandedOver { unserved_us });
+    Handover: Handover, (U16, text(), U64)
+        .prop_map(|(partition, consumer, epoch)| Handover { partition, consumer, epoch });
+    HandedOver: HandedOver, handed_over();
     Nudge: Nudge, (incarnation(), U32).prop_map(|(job, shard)| Nudge { job, shard });
     AgentBeat: AgentBeat, agent_beat();
     AgentRequest: AgentRequest, (BOOL, name()).prop_map(|(start, invoker)| match start {
@@ -573,4 +573,18 @@ fn invoker_beat() -> impl Strategy<Value = InvokerBeat> {
             }
         },
     )
+}
+
+fn handed_over() -> impl Strategy<Value = HandedOver> {
+    let kept = (U64, U64, U64).prop_map(|(next_delivery, credit, pending)| {
+        HandedOver::Kept(KeptConsumer { next_delivery, credit, pending })
+    });
+    prop_oneof![
+        Just(HandedOver::NotHeld),
+        Just(HandedOver::Ready),
+        Just(HandedOver::NotYet),
+        U64.prop_map(HandedOver::Newer),
+        kept,
+        U64.prop_map(HandedOver::Left),
+    ]
 }
