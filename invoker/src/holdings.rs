@@ -51,8 +51,9 @@ struct Echo {
 const UNASKED_MS: Millis = 1000;
 /// How long it is served on for the sake of what is held of it. Where workers push at different speeds that is until the
 /// slowest of a round has pushed; what is given up before is delivered again, and nobody serves the partition while what is
-/// under way ends.
-const SERVED_ON_MS: Millis = 2000;
+/// under way ends. A partition of many small jobs may have no moment between the rounds of all of them, and is to move soon
+/// all the same.
+const SERVED_ON_MS: Millis = 500;
 /// How long whoever asks is left without a word, so that it does not take us for dead.
 const SILENT_MS: Millis = 300;
 
