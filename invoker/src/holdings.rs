@@ -218,11 +218,7 @@ impl Holdings {
     /// Whoever asked hears what is delivered to that consumer from here on. If nothing of the partition is held, which
     /// `rest` tells, it is handed over.
     #[must_use]
-    pub fn heard(
-        &mut self,
-        handover: &Handover,
-        rest: impl Fn(Partition) -> Rest,
-    ) -> (HandedOver, Vec<Step>) {
+    pub fn heard(&mut self, handover: &Handover, rest: Rest) -> (HandedOver, Vec<Step>) {
         let Handover { partition, consumer, .. } = handover;
         let leaving = match self.slots.get(partition) {
             Some(Slot::Leaving(leaving)) if leaving.held.consumer == *consumer => leaving,
@@ -231,7 +227,7 @@ impl Holdings {
         };
         let acknowledged =
             leaving.echo.is_some_and(|echo| echo.heard && echo.delivery == leaving.held.deliveries());
-        if leaving.unserved.is_some() || !acknowledged || rest(*partition) != Rest::Nothing {
+        if leaving.unserved.is_some() || !acknowledged || rest != Rest::Nothing {
             return (HandedOver::NotYet, Vec::new());
         }
         let (kept, epoch) = (leaving.held.kept(), leaving.held.epoch);
@@ -310,19 +306,14 @@ impl Holdings {
     /// Takes over again what has been silent for too long.
     #[must_use]
     pub fn check_silence(&mut self, now: Millis) -> Vec<Step> {
-        let silent = |slot: &Slot| matches!(slot, Slot::Held(held) if held.is_silent(now));
-        let silent: Vec<_> =
-            self.slots.iter().filter(|(_, slot)| silent(slot)).map(|(partition, _)| *partition).collect();
-        let short = |slot: &Slot| matches!(slot, Slot::Held(held) if held.is_short(now));
-        let short: Vec<_> =
-            self.slots.iter().filter(|(_, slot)| short(slot)).map(|(partition, _)| *partition).collect();
-        let mut steps = Vec::new();
-        for (partitions, why) in
-            [(silent, "its pull request is silent"), (short, "a delivery has gone astray")]
-        {
-            steps.extend(partitions.into_iter().flat_map(|partition| self.retake(partition, why)));
-        }
-        steps
+        let why = |slot: &Slot| match slot {
+            Slot::Held(held) if held.is_silent(now) => Some("its pull request is silent"),
+            Slot::Held(held) if held.is_short(now) => Some("a delivery has gone astray"),
+            _ => None,
+        };
+        let due: Vec<_> =
+            self.slots.iter().filter_map(|(partition, slot)| Some((*partition, why(slot)?))).collect();
+        due.into_iter().flat_map(|(partition, why)| self.retake(partition, why)).collect()
     }
 
     /// The broker has delivered so many messages to a consumer of ours.

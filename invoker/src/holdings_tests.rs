@@ -55,7 +55,7 @@ fn said(steps: &[Step]) -> Option<HandedOver> {
 
 /// Whoever asks listens: what it is told. When that is the partition, it is gone.
 fn heard(holdings: &mut Holdings, rest: Rest) -> HandedOver {
-    let (answer, steps) = holdings.heard(&question(), |_| rest);
+    let (answer, steps) = holdings.heard(&question(), rest);
     match answer {
         HandedOver::Kept(_) => {
             assert!(matches!(steps[..], [Step::Tell(Event::Lost(0))]), "{steps:?}");

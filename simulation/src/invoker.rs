@@ -323,7 +323,14 @@ impl World {
 
     pub(crate) fn invoker_hears(&mut self, number: u32, body: Body) {
         match body {
-            Body::Deliver(message) => self.delivered(number, *message),
+            Body::Deliver(message) => {
+                let Some(host) = self.invokers.get_mut(&number) else { return };
+                if host.holdings.holds(message.partition, &message.consumer) {
+                    self.delivered(number, *message);
+                } else {
+                    host.early.push(*message);
+                }
+            }
             Body::ConsumerGone { partition, consumer } => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
                 let ours = host.holdings.pulled(partition).is_some_and(|held| held.consumer == consumer);
@@ -346,13 +353,15 @@ impl World {
             }
             Body::Heard { from, id, handover } => {
                 let Some(host) = self.invokers.get_mut(&number) else { return };
-                let core = &host.core;
-                let (answer, steps) = host.holdings.heard(&handover, |partition| core.rest(partition));
+                let (answer, steps) = host.holdings.heard(&handover, host.core.rest(handover.partition));
                 let me = Actor::Invoker(number);
                 self.send(me, from, Body::Answer(id, Answer::HandedOver(answer)));
                 if matches!(answer, HandedOver::Kept(_)) {
-                    let Handover { partition, consumer, .. } = handover;
-                    self.send(me, Actor::Broker, Body::StopListening { partition, consumer });
+                    let (remote, Handover { partition, consumer, .. }) = (self.remote(me), handover);
+                    self.spawn(me, async move {
+                        let _ = remote.ask(Ask::StopListening(partition, consumer)).await;
+                        Done::Nothing
+                    });
                 }
                 self.step(number, steps);
             }
@@ -379,9 +388,6 @@ impl World {
     fn delivered(&mut self, number: u32, message: Delivered) {
         let now = self.now;
         let Some(host) = self.invokers.get_mut(&number) else { return };
-        if !host.holdings.holds(message.partition, &message.consumer) {
-            return host.early.push(message);
-        }
         let Delivered { partition, consumer, consumer_sequence, sequence, published, subject, frame } =
             message;
         let reply = Some("reply".into());
@@ -457,9 +463,6 @@ impl World {
                 self.step(number, steps);
                 for message in early {
                     self.delivered(number, message);
-                }
-                if let Some(host) = self.invokers.get_mut(&number) {
-                    host.early.retain(|early| early.partition != partition);
                 }
             }
             Done::Placement(Some(placement)) => {

@@ -50,11 +50,6 @@ pub(crate) enum Body {
         id: CallId,
         handover: Handover,
     },
-    /// To the broker: no more listens to what is delivered.
-    StopListening {
-        partition: Partition,
-        consumer: String,
-    },
     /// Somebody wrote this key.
     Hint(String),
     Beat(InvokerBeat),
@@ -98,7 +93,6 @@ impl Body {
             Self::Beat(_) => 2,
             Self::Deliver(_)
             | Self::Heard { .. }
-            | Self::StopListening { .. }
             | Self::Pull { .. }
             | Self::ConsumerGone { .. }
             | Self::Acknowledge { .. } => 3,

@@ -30,10 +30,6 @@ impl World {
                     self.send(Actor::Broker, from, Body::ConsumerGone { partition, consumer });
                 }
             }
-            Body::StopListening { partition, consumer } => {
-                let me = (from, self.epoch(from));
-                self.broker.stop_listening(partition, &consumer, me);
-            }
             Body::Acknowledge { partition, mut consumer, sequence } => {
                 if self.mutated(Mutation::ConsumerNameReused)
                     && let Ok(queue) = self.broker.look(partition)

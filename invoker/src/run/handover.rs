@@ -172,8 +172,7 @@ impl Shell {
         if self.holdings.get(handover.partition).is_some_and(|held| held.epoch == handover.epoch) {
             return;
         }
-        let core = &self.core;
-        let (answer, steps) = self.holdings.heard(&handover, |partition| core.rest(partition));
+        let (answer, steps) = self.holdings.heard(&handover, self.core.rest(handover.partition));
         // Nobody serves the partition until this is heard.
         self.hand_over(reply, answer).await;
         self.step(steps).await;
@@ -186,13 +185,12 @@ impl Shell {
         let idle = |(handover, _): &mut (Handover, Subject)| !holds(handover);
         let mut idle: Vec<_> = self.handovers.waiting.extract_if(.., idle).map(|(_, reply)| reply).collect();
         // What is held is listened to.
-        let left = (self.deliveries.len() > holdings.count_held()).then(|| {
+        let mut left = Vec::new();
+        if self.deliveries.len() > holdings.count_held() {
             let keys = self.deliveries.keys();
-            let left: Vec<_> =
-                keys.filter(|(at, consumer)| !holdings.holds(*at, consumer)).cloned().collect();
-            left
-        });
-        for key in left.unwrap_or_default() {
+            left.extend(keys.filter(|(partition, consumer)| !holdings.holds(*partition, consumer)).cloned());
+        }
+        for key in left {
             self.deliveries.remove(&key);
             self.not_yet.remove(&key);
             let Some(mut questions) = self.questions.remove(&key) else { continue };
